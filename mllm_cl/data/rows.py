@@ -1,0 +1,111 @@
+"""The row: one question (or conversation) with its images, the unit that every other room passes around.
+
+A row is a plain `dict` in the conversational format of TRL and datasets:
+
+```
+{
+    "id": "plates/train/17",                                         # unique within a task
+    "messages": [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What does the plate say?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "AB 123"}]},   # absent or ignored in test rows
+    ],
+    "images": [reference, ...],      # one per {"type": "image"} block, in order; see `mllm_cl.data.images`
+    "answers": ["AB 123", "AB123"],  # accepted answers of a test row
+}
+```
+
+Further keys are kept (scorers read them). Images stay *references* until collation: a path, encoded bytes or a PIL image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NotRequired, TypedDict
+
+
+class Row(TypedDict):
+    """The keys that every row has; rows may carry more (fields of a scorer, `task`, ...)."""
+
+    id: str
+    messages: list[dict[str, Any]]
+    images: list[Any]
+    answers: NotRequired[list[str]]
+
+
+class Rows(Sequence[Row]):
+    """A sequence of rows, converted lazily one by one from whatever holds them.
+
+    Args:
+        source (`Sequence`): list, `datasets.Dataset` or anything with `len` and integer indexing.
+        convert (`Callable`, *optional*): raw item -> row; the identity by default.
+        indices (`Sequence[int]`, *optional*): the view `source[indices]`.
+    """
+
+    def __init__(
+        self,
+        source: Sequence[Any],
+        convert: Callable[[Any], Row] | None = None,
+        indices: Sequence[int] | None = None,
+    ) -> None:
+        self._source, self._convert, self._indices = source, convert, indices
+
+    def __len__(self) -> int:
+        return len(self._source) if self._indices is None else len(self._indices)
+
+    def __getitem__(self, index):  # type: ignore[override]
+        if isinstance(index, slice):
+            return self.select(range(*index.indices(len(self))))
+        position = range(len(self))[index]
+        raw = self._source[position if self._indices is None else self._indices[position]]
+        return raw if self._convert is None else self._convert(raw)
+
+    def __iter__(self) -> Iterator[Row]:
+        return (self[index] for index in range(len(self)))
+
+    def select(self, indices: Sequence[int]) -> Rows:
+        """Returns the view with these rows, in this order; nothing is copied or converted."""
+        if self._indices is not None:
+            indices = [self._indices[index] for index in indices]
+        return Rows(self._source, self._convert, list(indices))
+
+
+def text_block(text: str) -> dict[str, str]:
+    """Returns a text content block."""
+    return {"type": "text", "text": text}
+
+
+def user_message(text: str, images: int = 0) -> dict[str, Any]:
+    """Returns a user turn whose images come first, as every LLaVA-like template expects."""
+    return {"role": "user", "content": [{"type": "image"}] * images + [text_block(text)]}
+
+
+def assistant_message(text: str) -> dict[str, Any]:
+    """Returns an assistant turn."""
+    return {"role": "assistant", "content": [text_block(text)]}
+
+
+def message_text(message: Mapping[str, Any]) -> str:
+    """Returns the text of a message, images left out."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(block["text"] for block in content if block["type"] == "text")
+
+
+def is_answered(row: Mapping[str, Any]) -> bool:
+    """True if the last turn is the assistant's."""
+    return bool(row["messages"]) and row["messages"][-1]["role"] == "assistant"
+
+
+def inquiry_of(row: Mapping[str, Any]) -> Row:
+    """Returns the row without its final answer: the inquiry that a model is asked at test time."""
+    messages = row["messages"][:-1] if is_answered(row) else row["messages"]
+    return {**row, "messages": list(messages)}  # type: ignore[typeddict-item]
+
+
+def reference_answers(row: Mapping[str, Any]) -> list[str]:
+    """Returns the accepted answers of a row: its `answers`, or else the text of its final assistant turn."""
+    answers = row.get("answers")
+    if answers:
+        return list(answers)
+    return [message_text(row["messages"][-1])] if is_answered(row) else []
