@@ -7,13 +7,19 @@ uses for encoded images. References are opened only at collation, so replay memo
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mllm_cl.errors import DataError
+
+_ORIENTATION = 0x0112  # EXIF tag
+# What the decoders of Pillow raise on damaged data.
+_DECODING_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, struct.error, zlib.error)
 
 
 def describe_image(reference: Any) -> str:
@@ -58,22 +64,40 @@ def open_image(reference: Any) -> Image.Image:
 
 
 def load_image(reference: Any) -> Image.Image:
-    """Returns the decoded RGB image of a reference; transparency is composited on white.
+    """Returns the decoded RGB image of a reference, as a person sees it in a viewer.
+
+    Transparency is composited on white, the EXIF orientation is applied (as datasets and transformers do), 16-bit grey
+    is scaled to 8 bits, and of an animation the first frame is taken.
 
     Raises:
         DataError: as `open_image`, and for truncated files.
     """
     image = open_image(reference)
     try:
+        image.load()
+        if image.getexif().get(_ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I") or image.mode == "F":
+            image = _to_8_bits(image)
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             rgba = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba)
         return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+    except _DECODING_ERRORS as error:
         raise DataError(
             f"{describe_image(reference)}: the image cannot be decoded ({error}).",
             fix="replace the file or remove the row.",
         ) from error
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Scales 16-bit grey to 8 bits, where Pillow's own conversion clips and gives a white image.
+
+    Wider modes do not say their range: values up to 255 are taken as 8-bit grey, larger ones as 16-bit.
+    """
+    high = cast("tuple[float, float]", image.getextrema())[1]
+    scale = 1.0 if not image.mode.startswith("I;16") and high <= 255 else 1.0 / 257.0
+    return image.convert("F").point(lambda value: value * scale + 0.0).convert("L")
 
 
 def encode_png(image: Image.Image) -> dict[str, Any]:

@@ -14,13 +14,15 @@ A row is a plain `dict` in the conversational format of TRL and datasets:
 }
 ```
 
-Further keys are kept (scorers read them). Images stay *references* until collation: a path, encoded bytes or a PIL image.
+Further keys are kept (scorers read them). Images stay *references* until collation: a path, encoded bytes or a PIL
+image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NotRequired, TypedDict
+from dataclasses import dataclass
+from typing import Any, NotRequired, TypedDict, overload
 
 
 class Row(TypedDict):
@@ -32,6 +34,23 @@ class Row(TypedDict):
     answers: NotRequired[list[str]]
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where rows were read from, so that a message can name the file and the row.
+
+    Args:
+        path (`str`): file, folder or Hub id.
+        unit (`str`, defaults to `"row"`): `"line"` where the number is a line number (JSONL).
+        numbers (`Sequence[int]`, *optional*): number of each source item; 1, 2, 3, ... when `None`.
+        renamed (`Mapping[int, str]`, *optional*): source index -> the id it was given because its own was taken.
+    """
+
+    path: str
+    unit: str = "row"
+    numbers: Sequence[int] | None = None
+    renamed: Mapping[int, str] | None = None
+
+
 class Rows(Sequence[Row]):
     """A sequence of rows, converted lazily one by one from whatever holds them.
 
@@ -39,6 +58,7 @@ class Rows(Sequence[Row]):
         source (`Sequence`): list, `datasets.Dataset` or anything with `len` and integer indexing.
         convert (`Callable`, *optional*): raw item -> row; the identity by default.
         indices (`Sequence[int]`, *optional*): the view `source[indices]`.
+        origin (`Origin`, *optional*): where the source was read from.
     """
 
     def __init__(
@@ -46,17 +66,22 @@ class Rows(Sequence[Row]):
         source: Sequence[Any],
         convert: Callable[[Any], Row] | None = None,
         indices: Sequence[int] | None = None,
+        origin: Origin | None = None,
     ) -> None:
-        self._source, self._convert, self._indices = source, convert, indices
+        self._source, self._convert, self._indices, self._origin = source, convert, indices, origin
+        self.digest: str | None = None  # kept by `mllm_cl.streams.fingerprint`, so that rows are hashed once
 
     def __len__(self) -> int:
         return len(self._source) if self._indices is None else len(self._indices)
 
-    def __getitem__(self, index):  # type: ignore[override]
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> Rows: ...
+    def __getitem__(self, index: int | slice) -> Row | Rows:
         if isinstance(index, slice):
             return self.select(range(*index.indices(len(self))))
-        position = range(len(self))[index]
-        raw = self._source[position if self._indices is None else self._indices[position]]
+        raw = self._source[self._position(index)]
         return raw if self._convert is None else self._convert(raw)
 
     def __iter__(self) -> Iterator[Row]:
@@ -66,7 +91,32 @@ class Rows(Sequence[Row]):
         """Returns the view with these rows, in this order; nothing is copied or converted."""
         if self._indices is not None:
             indices = [self._indices[index] for index in indices]
-        return Rows(self._source, self._convert, list(indices))
+        return Rows(self._source, self._convert, list(indices), self._origin)
+
+    def _position(self, index: int) -> int:
+        position = range(len(self))[index]
+        return position if self._indices is None else self._indices[position]
+
+    @property
+    def origin(self) -> str | None:
+        """File, folder or Hub id that the rows were read from; `None` for rows made in memory."""
+        return None if self._origin is None else self._origin.path
+
+    @property
+    def unit(self) -> str:
+        """What `number` counts: `"row"` or `"line"`."""
+        return "row" if self._origin is None else self._origin.unit
+
+    def number(self, index: int) -> int:
+        """Returns the number (from 1) of a row in the file it was read from, also in a view of it."""
+        position = self._position(index)
+        if self._origin is None or self._origin.numbers is None:
+            return position + 1
+        return self._origin.numbers[position]
+
+    def is_renamed(self, index: int) -> bool:
+        """True if the reader had to change the id of this row because an earlier row has the same."""
+        return bool(self._origin and self._origin.renamed and self._position(index) in self._origin.renamed)
 
 
 def text_block(text: str) -> dict[str, str]:

@@ -1,0 +1,311 @@
+"""Where raw rows come from: JSON files read by byte offset, and tables that datasets memory-maps.
+
+A JSON or JSONL file is parsed once, to find where each row starts and which ids it uses; nothing of the parse is kept,
+so a 665k-row file costs a few tens of MiB. A row is parsed again when it is asked for.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mllm_cl.data.content import own_id
+from mllm_cl.data.problems import RowError
+from mllm_cl.errors import DataError
+
+_CHUNK = 1 << 22  # characters; larger than any sane row
+_SPACE = re.compile(r"[ \t\r\n]*")
+_UTF8_FIX = "save the file as UTF-8."
+
+
+class IdBook:
+    """Hands out ids that are unique in a file: the second row called `x` becomes `x#2`."""
+
+    def __init__(self) -> None:
+        self.renamed: dict[int, str] = {}
+        self._seen: set[str] = set()
+
+    def add(self, index: int, raw: Any) -> None:
+        """Notes the id of the row at `index`, if it brings one."""
+        try:
+            row_id = own_id(raw) if isinstance(raw, dict) else None
+        except RowError:
+            return  # reported when the row is read
+        if row_id is None:
+            return
+        if row_id in self._seen:
+            copy = 2
+            while f"{row_id}#{copy}" in self._seen:
+                copy += 1
+            row_id = self.renamed[index] = f"{row_id}#{copy}"
+        self._seen.add(row_id)
+
+
+class JsonSource(Sequence[Any]):
+    """The rows of a `.json` list or a `.jsonl` file, read from disk one by one.
+
+    Args:
+        path (`Path`): the file. Nothing is kept open, so the source can be sent to loader workers.
+
+    Raises:
+        DataError: the file is empty, not UTF-8, not a list of rows, or (JSON list) has a syntax error.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.starts, self.lengths, numbers = array("q"), array("q"), array("q")
+        book = IdBook()
+        is_lines = _is_lines(path)
+        found = _scan_lines(path) if is_lines else _scan_list(path)
+        for index, (start, length, number, raw) in enumerate(found):
+            self.starts.append(start)
+            self.lengths.append(length)
+            numbers.append(number)
+            book.add(index, raw)
+        if not self.starts:
+            raise DataError(f"{path}: the file has no rows.", expected="at least one row", fix="fill or remove it.")
+        self.unit = "line" if is_lines else "row"
+        self.numbers: Sequence[int] = numbers if is_lines else range(1, len(self.starts) + 1)
+        self.renamed = book.renamed
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index):  # type: ignore[override]
+        with self.path.open("rb") as file:
+            file.seek(self.starts[index])
+            return parse_json(file.read(self.lengths[index]))
+
+
+def parse_json(data: bytes) -> Any:
+    """Returns the value of one row.
+
+    Raises:
+        RowError: not UTF-8 or not JSON.
+    """
+    try:
+        return json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RowError(f"not UTF-8 ({error.reason}).", kind="not_utf8", fix=_UTF8_FIX) from error
+    except (ValueError, RecursionError) as error:
+        raise RowError(
+            f"not JSON ({error}).", kind="broken_json", expected="one JSON object", fix="correct or remove this row."
+        ) from error
+
+
+def _is_lines(path: Path) -> bool:
+    """True for JSONL, also when such a file is called `.json`."""
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+        if not head.strip():
+            raise DataError(f"{path}: the file is empty.", expected="a list of rows", fix="fill or remove it.")
+        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise DataError(f"{path}: the file is UTF-16.", expected="UTF-8", fix=_UTF8_FIX)
+        if path.suffix.lower() in (".jsonl", ".ndjson"):
+            return True
+        head = head.removeprefix(codecs.BOM_UTF8).lstrip()
+        if head.startswith(b"["):
+            return False
+        if head.startswith(b"{"):
+            file.seek(0)
+            line = file.readline().removeprefix(codecs.BOM_UTF8)
+            try:
+                first = json.loads(line)
+            except ValueError:
+                first = None
+            if first is not None and (file.readline().strip() or not _lists_of_rows(first)):
+                return True
+            keys = _lists_of_rows(first) if isinstance(first, dict) else []
+            hint = (
+                f"keep only the list under `{keys[0]}`."
+                if keys
+                else "write the rows as a list, or one per line in a `.jsonl` file."
+            )
+            raise DataError(f"{path}: the top level is an object.", expected="a list of rows", fix=hint)
+    start = head[:20].decode("utf-8", "replace")
+    raise DataError(
+        f"{path}: the file starts with {start!r}.",
+        expected="a JSON list `[...]` of rows",
+        fix="write it as JSON or JSONL.",
+    )
+
+
+def _lists_of_rows(value: dict[str, Any]) -> list[str]:
+    """The keys that hold rows rather than turns: lists of objects without a role."""
+    return [
+        key
+        for key, rows in value.items()
+        if isinstance(rows, list) and rows and isinstance(rows[0], dict) and not {"role", "from"} & set(rows[0])
+    ]
+
+
+def _scan_lines(path: Path) -> Iterator[tuple[int, int, int, Any]]:
+    start = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            data = line
+            if number == 1 and data.startswith(codecs.BOM_UTF8):
+                data = data[len(codecs.BOM_UTF8) :]
+            offset = start + len(line) - len(data)
+            start += len(line)
+            if not data.strip():
+                continue
+            try:
+                raw = parse_json(data)
+            except RowError:
+                raw = None  # reported when the row is read
+            yield offset, len(data), number, raw
+
+
+def _scan_list(path: Path) -> Iterator[tuple[int, int, int, Any]]:
+    """Yields byte offset, byte length, number and value of each element of a JSON list, in bounded memory."""
+    text = _Window(path)
+    text.skip_space()
+    text.expect("[")
+    number = 0
+    while True:
+        text.skip_space()
+        if text.peek() == "]" and number == 0:
+            break
+        start = text.byte
+        number += 1
+        value = text.decode(number)
+        yield start, text.byte - start, number, value
+        text.skip_space()
+        if text.peek() == "]":
+            break
+        text.expect(",", number)
+    text.expect("]")
+    text.skip_space()
+    if text.peek():
+        raise text.broken("the list ends, but the file goes on")
+
+
+class _Window:
+    """A moving window over a UTF-8 text file that knows its byte position."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.file = path, path.open("rb")
+        self.decoder, self.parser = codecs.getincrementaldecoder("utf-8")(), json.JSONDecoder()
+        self.buffer, self.position, self.read, self.size = "", 0, 0, _CHUNK
+        self.is_complete = False
+        self.byte = 0
+        self.fill()
+        if self.buffer.startswith("\ufeff"):
+            self.advance(1)
+
+    def fill(self) -> None:
+        data = self.file.read(self.size)
+        self.is_complete = not data
+        try:
+            self.buffer = self.buffer[self.position :] + self.decoder.decode(data, final=self.is_complete)
+        except UnicodeDecodeError as error:
+            at = self.read + error.start
+            raise DataError(f"{self.path}: not UTF-8 near byte {at}.", expected="UTF-8", fix=_UTF8_FIX) from error
+        self.read, self.position = self.read + len(data), 0
+        if self.is_complete:
+            self.file.close()
+
+    def advance(self, end: int) -> None:
+        piece = self.buffer[self.position : end]
+        self.byte += len(piece) if piece.isascii() else len(piece.encode())
+        self.position = end
+
+    def peek(self) -> str:
+        return self.buffer[self.position : self.position + 1]
+
+    def skip_space(self) -> None:
+        while True:
+            match = _SPACE.match(self.buffer, self.position)
+            self.advance(match.end() if match else self.position)
+            if self.position < len(self.buffer) or self.is_complete:
+                return
+            self.fill()
+
+    def expect(self, character: str, number: int | None = None) -> None:
+        if self.peek() != character:
+            place = "" if number is None else f" after row {number}"
+            found = repr(self.peek()) if self.peek() else "the end of the file"
+            raise self.broken(f"{character!r} expected{place}, {found} found")
+        self.advance(self.position + 1)
+
+    def decode(self, number: int) -> Any:
+        while True:
+            try:
+                value, end = self.parser.raw_decode(self.buffer, self.position)
+            except json.JSONDecodeError as error:
+                is_certain = not error.msg.startswith("Unterminated") and error.pos < len(self.buffer) - 64
+                if is_certain or self.is_complete:
+                    self.advance(min(error.pos, len(self.buffer)))
+                    raise self.broken(f"row {number}: {error.msg}") from error
+            except (ValueError, RecursionError) as error:
+                raise self.broken(f"row {number}: {error}") from error
+            else:
+                if end < len(self.buffer) or self.is_complete:
+                    self.advance(end)
+                    self.size = _CHUNK
+                    return value
+            self.fill()
+            self.size *= 2  # a row longer than the window: do not start over too often
+
+    def broken(self, what: str) -> DataError:
+        self.file.close()
+        with self.path.open("rb") as file:
+            head = file.read(self.byte)
+        line, column = head.count(b"\n") + 1, self.byte - (head.rfind(b"\n") + 1) + 1
+        return DataError(
+            f"{self.path}, line {line}, column {column}: not JSON ({what}).",
+            expected="a JSON list of rows",
+            fix="correct the file there (a missing comma, quote or bracket?).",
+        )
+
+
+class TableSource(Sequence[Any]):
+    """The rows of a `datasets.Dataset`, with encoded images left encoded.
+
+    Args:
+        dataset (`datasets.Dataset`): memory-mapped by datasets; rows are read when asked for.
+    """
+
+    unit = "row"
+
+    def __init__(self, dataset: Any) -> None:
+        for name, feature in dataset.features.items():
+            encoded = _without_decoding(feature)
+            if encoded != feature:
+                dataset = dataset.cast_column(name, encoded)
+        self.dataset = dataset
+        self.numbers: Sequence[int] = range(1, len(dataset) + 1)
+        book = IdBook()
+        keys = [key for key in ("id", "question_id") if key in dataset.column_names]
+        if keys:
+            for index, raw in enumerate(dataset.select_columns(keys)):
+                book.add(index, raw)
+        self.renamed = book.renamed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index):  # type: ignore[override]
+        return self.dataset[index]
+
+
+def _without_decoding(feature: Any) -> Any:
+    """Returns the feature with every image in it, at any depth, switched to encoded bytes."""
+    from datasets import Image, LargeList, List
+
+    if isinstance(feature, Image):
+        return Image(decode=False)
+    if isinstance(feature, (List, LargeList)):
+        inner = _without_decoding(feature.feature)
+        if inner == feature.feature:
+            return feature
+        return List(inner, length=feature.length) if isinstance(feature, List) else LargeList(inner)
+    if isinstance(feature, dict):
+        return {key: _without_decoding(value) for key, value in feature.items()}
+    return feature

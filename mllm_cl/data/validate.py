@@ -1,0 +1,315 @@
+"""Checks every row and every image of a split and lists everything that is wrong, in one pass.
+
+Nothing here raises on bad rows: a line that is no JSON is one problem among the others. A row is checked for what
+training and evaluation rely on; keys that nobody knows are no problem.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+
+from mllm_cl.data.content import type_name
+from mllm_cl.data.images import open_image
+from mllm_cl.data.problems import Problem, RowError, problem_of
+from mllm_cl.data.readers import read_rows
+from mllm_cl.data.rows import Row, Rows, message_text
+from mllm_cl.errors import DataError
+
+ImageCheck = Literal["decode", "header", "exists", "none"]
+Progress = Callable[[int, int], None]
+Finding = tuple[str, str, str]  # kind, message, fix
+
+_BATCH = 256
+_ROLES = ("system", "user", "assistant")
+
+
+@dataclass
+class SplitReport:
+    """What the check of one split found.
+
+    Args:
+        rows (`int`): number of rows, broken ones included.
+        problems (`list[Problem]`): everything that is wrong.
+        ids (`set[str]`): ids of the readable rows.
+        images (`dict[str, int]`): identity of each image -> position of the first row that uses it.
+    """
+
+    rows: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    ids: set[str] = field(default_factory=set)
+    images: dict[str, int] = field(default_factory=dict)
+
+
+def validate_rows(
+    rows: Sequence[Row],
+    *,
+    split: str = "train",
+    name: str = "rows",
+    images: ImageCheck = "decode",
+    progress: Progress | None = None,
+    workers: int = 8,
+) -> list[Problem]:
+    """Returns everything that is wrong with some rows.
+
+    Args:
+        rows (`Sequence[Row]`): from `read_rows`, or any sequence of rows.
+        split (`str`, defaults to `"train"`): training rows need a final answer, others need `answers`.
+        name (`str`): stands for the file of rows that were made in memory.
+        images (`str`, defaults to `"decode"`): `"decode"` finds truncated files, `"header"` files that are no images,
+            `"exists"` only missing ones, `"none"` leaves images alone.
+        progress (`Callable`, *optional*): called with (rows done, rows).
+        workers (`int`, defaults to 8): threads that open images.
+
+    Example:
+
+    ```python
+    >>> from mllm_cl.data.validate import validate_rows
+    >>> row = {"id": "1", "messages": [{"role": "user", "content": "What?"}], "images": []}
+    >>> [problem.kind for problem in validate_rows([row], split="test")]
+    ['no_answers']
+
+    ```
+    """
+    return check_split(rows, split=split, name=name, images=images, progress=progress, workers=workers).problems
+
+
+def validate_file(
+    path: str | Path,
+    *,
+    format: str = "auto",
+    image_folder: str | Path | None = None,
+    split: str = "train",
+    images: ImageCheck = "decode",
+    progress: Progress | None = None,
+    workers: int = 8,
+) -> list[Problem]:
+    """Returns everything that is wrong with a file (arguments as in `read_rows` and `validate_rows`)."""
+    try:
+        rows = read_rows(path, format=format, image_folder=image_folder, split=split)
+    except DataError as error:
+        return [problem_of(error, str(path))]
+    return validate_rows(rows, split=split, name=str(path), images=images, progress=progress, workers=workers)
+
+
+def check_split(
+    rows: Sequence[Row],
+    *,
+    split: str = "train",
+    name: str = "rows",
+    images: ImageCheck = "decode",
+    progress: Progress | None = None,
+    workers: int = 8,
+) -> SplitReport:
+    """Returns the problems of a split with its ids and images, for checks across splits; see `validate_rows`."""
+    report = SplitReport(rows=len(rows))
+    if not len(rows):
+        report.problems.append(Problem(name, None, None, "empty_split", f"the {split} split has no rows.", "add rows."))
+        return report
+    first_use: dict[str, int] = {}
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        for start in range(0, len(rows), _BATCH):
+            stop = min(start + _BATCH, len(rows))
+            pending: dict[str, tuple[int, str | None, Any]] = {}
+            for index in range(start, stop):
+                row = _check_one(rows, index, split, name, report, first_use)
+                for reference in _images_of(row):
+                    key = image_key(reference)
+                    if key not in report.images:
+                        report.images[key] = index
+                        pending[key] = (index, _id_of(row), reference)
+            if images != "none":
+                checks = pool.map(lambda entry: _check_image(entry[2], images), pending.values())
+                for (index, row_id, _), found in zip(pending.values(), checks):
+                    if found:
+                        report.problems.append(_located(rows, index, row_id, name, found))
+            if progress:
+                progress(stop, len(rows))
+    report.problems.sort(key=lambda problem: problem.row or 0)
+    return report
+
+
+def _check_one(
+    rows: Sequence[Row], index: int, split: str, name: str, report: SplitReport, first_use: dict[str, int]
+) -> Mapping[str, Any] | None:
+    """Adds the problems of one row; returns the row, as far as it could be read."""
+    try:
+        row: Any = rows[index]
+    except RowError as error:
+        report.problems.append(problem_of(error, name))
+        if error.partial is None:
+            return None
+        row = error.partial
+    except DataError as error:
+        report.problems.append(_located(rows, index, None, name, ("row", error.given, error.fix or "correct the row.")))
+        return None
+    for found in check_row(row, split):
+        report.problems.append(_located(rows, index, _id_of(row), name, found))
+    row_id = _id_of(row)
+    if row_id is not None:
+        first = first_use.setdefault(row_id, index)
+        if first != index:
+            message = f"the id is also that of {_unit(rows)} {_number(rows, first)}."
+            fix = "give every row its own id."
+            report.problems.append(_located(rows, index, row_id, name, ("duplicate_id", message, fix)))
+        elif isinstance(rows, Rows) and rows.is_renamed(index):
+            message = f"an earlier row has the same id, so this one is called {row_id!r}."
+            found = ("duplicate_id", message, "give every row its own id, if the row is no copy.")
+            report.problems.append(_located(rows, index, row_id, name, found, severity="warning"))
+        report.ids.add(row_id)
+    return row if isinstance(row, Mapping) else None
+
+
+def _located(
+    rows: Sequence[Row], index: int, row_id: str | None, name: str, found: Finding, severity: str = "error"
+) -> Problem:
+    kind, message, fix = found
+    origin = rows.origin if isinstance(rows, Rows) else None
+    number, unit = _number(rows, index), _unit(rows)
+    return Problem(origin or name, number, row_id, kind, message, fix, severity=severity, unit=unit)
+
+
+def _number(rows: Sequence[Row], index: int) -> int:
+    return rows.number(index) if isinstance(rows, Rows) else index + 1
+
+
+def _unit(rows: Sequence[Row]) -> str:
+    return rows.unit if isinstance(rows, Rows) else "row"
+
+
+def _id_of(row: Any) -> str | None:
+    row_id = row.get("id") if isinstance(row, Mapping) else None
+    return row_id if isinstance(row_id, str) and row_id else None
+
+
+def _images_of(row: Any) -> Sequence[Any]:
+    images = row.get("images") if isinstance(row, Mapping) else None
+    return images if isinstance(images, (list, tuple)) else ()
+
+
+def check_row(row: Any, split: str) -> Iterator[Finding]:
+    """Yields (kind, message, fix) for everything wrong with one row, images aside."""
+    if not isinstance(row, Mapping):
+        yield "not_an_object", f"the row is {type_name(row)}, not an object.", "correct or remove it."
+        return
+    if _id_of(row) is None:
+        yield "wrong_type", f"`id` is {type_name(row.get('id'))}, not a text.", "give the row an id."
+    messages = row.get("messages")
+    if not isinstance(messages, (list, tuple)):
+        yield "wrong_type", f"`messages` is {type_name(messages)}, not a list.", "write the turns as a list."
+        return
+    broken = [number for number, message in enumerate(messages) if not _is_message(message)]
+    for number in broken:
+        fix = 'write {"role": "user" or "assistant", "content": [blocks]}.'
+        yield "wrong_type", f"`messages[{number}]` is no message with role and content.", fix
+    if broken:
+        return
+    images = row.get("images")
+    if not isinstance(images, (list, tuple)):
+        yield "wrong_type", f"`images` is {type_name(images)}, not a list.", "write a list, empty for a text-only row."
+    else:
+        contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
+        blocks = sum(block.get("type") == "image" for content in contents for block in content)
+        if blocks != len(images):
+            message = f"{blocks} image blocks but {len(images)} images."
+            yield "placeholders", message, "make them as many as each other."
+    yield from _check_turns(messages)
+    yield from _check_answers(row, messages, split)
+
+
+def _is_message(message: Any) -> bool:
+    if not isinstance(message, Mapping) or message.get("role") not in _ROLES:
+        return False
+    content = message.get("content")
+    if isinstance(content, str):
+        return True
+    return isinstance(content, (list, tuple)) and all(
+        isinstance(block, Mapping)
+        and (block.get("type") == "image" or (block.get("type") == "text" and isinstance(block.get("text"), str)))
+        for block in content
+    )
+
+
+def _check_turns(messages: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    roles = [message["role"] for message in messages]
+    if "user" not in roles:
+        yield "no_user_turn", "the row has no user turn.", "add the question, or remove the row."
+        return
+    turns = roles[1:] if roles[0] == "system" else roles
+    if any(role != ("user", "assistant")[number % 2] for number, role in enumerate(turns)):
+        message = f"the turns do not alternate: {', '.join(roles)}."
+        yield "roles", message, "write user, assistant, user, ... (a system turn only in front)."
+    for message in messages:
+        if not _is_encodable(message_text(message)):
+            yield "not_utf8", "a text holds half a surrogate pair (cut-off emoji?).", "repair the text."
+            return
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_answers(row: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], split: str) -> Iterator[Finding]:
+    answers = row.get("answers")
+    if answers is not None and not (
+        isinstance(answers, (list, tuple)) and all(isinstance(answer, str) for answer in answers)
+    ):
+        yield "wrong_type", "`answers` is not a list of texts.", "write every accepted answer as a text."
+        return
+    final = message_text(messages[-1]) if messages and messages[-1]["role"] == "assistant" else None
+    if split == "train":
+        if final is None:
+            yield "no_final_answer", "the row does not end with an answer.", "add the answer, or remove the row."
+        elif not final.strip():
+            yield "empty_answer", "the final answer is empty.", "fill in the answer, or remove the row."
+    elif not answers and final is None:
+        yield "no_answers", f"the {split} row has no answers.", "add `answer` or `answers`."
+    elif not any(answer.strip() for answer in answers or [final or ""]):
+        yield "empty_answer", "the answer is empty.", "fill in the answer, or remove the row."
+
+
+def image_key(reference: Any) -> str:
+    """Returns the identity of an image: its normal path, or the hash of its bytes."""
+    if isinstance(reference, (str, Path)):
+        return os.path.normpath(reference)
+    if isinstance(reference, Image.Image):
+        header = f"{reference.mode}{reference.size}".encode()
+        return "sha256:" + hashlib.sha256(header + reference.tobytes()).hexdigest()
+    if isinstance(reference, Mapping):
+        if isinstance(reference.get("bytes"), bytes):
+            return "sha256:" + hashlib.sha256(reference["bytes"]).hexdigest()
+        return os.path.normpath(str(reference.get("path")))
+    return repr(reference)
+
+
+def _check_image(reference: Any, check: ImageCheck) -> Finding | None:
+    """Returns what is wrong with one image; runs in a thread."""
+    if isinstance(reference, Mapping) and reference.get("bytes") is None:
+        reference = reference.get("path")
+    if isinstance(reference, (str, Path)) and not os.path.isfile(reference):
+        message = f"the image {str(reference)!r} does not exist."
+        return "image_missing", message, "correct the path in the row, or `image_folder`."
+    if check == "exists" or isinstance(reference, Image.Image):
+        return None
+    try:
+        with open_image(reference) as image:
+            if check == "decode":
+                image.draft("RGB", (64, 64))  # JPEG only: decodes a reduced size, but reads the whole file
+                image.load()
+    except DataError as error:
+        return "image_unreadable", error.given, error.fix or "replace the image or remove the row."
+    except Exception as error:  # decoders of damaged files raise almost anything
+        message = f"the image {str(reference)[:200]!r} cannot be decoded ({type(error).__name__}: {error})."
+        return "image_unreadable", message, "replace the file or remove the row."
+    return None

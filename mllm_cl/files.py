@@ -1,0 +1,108 @@
+"""Writing files so that a killed process or a full disk never leaves half of one behind."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mllm_cl.errors import RunError
+
+PARTIAL = ".partial"
+
+
+@contextlib.contextmanager
+def explained(place: Path | str) -> Iterator[None]:
+    """Turns an `OSError` inside into a `RunError` that says what to do.
+
+    Raises:
+        RunError: the disk is full, the folder is not writable, or the file system failed otherwise.
+    """
+    try:
+        yield
+    except PermissionError as error:
+        raise RunError(f"{place}: not writable ({error}).", fix="choose another output_dir, or change its owner.") from error
+    except OSError as error:
+        if error.errno == 28:
+            raise RunError(
+                f"{place}: the disk is full.",
+                fix="free some space and start the same command again; what was completed is kept.",
+            ) from error
+        raise RunError(f"{place}: cannot be written ({error}).", fix="check the file system.") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically: temporary file, flush to disk, rename.
+
+    Raises:
+        RunError: it cannot be written; an older file of that name is kept.
+    """
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + PARTIAL)
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON atomically; NaN and infinity are errors, not invalid JSON."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder that becomes `path` (replacing what was there) only if the block completes.
+
+    Raises:
+        RunError: it cannot be written; the folder that was there is kept.
+    """
+    with explained(path):
+        temporary = path.with_name(path.name + PARTIAL)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            for file in sorted(temporary.rglob("*")):
+                _sync(file)
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
+            _sync(path.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def folder_sha256(folder: Path) -> str:
+    """Returns a hash of the names and contents of all files below a folder."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            digest.update(str(path.relative_to(folder)).encode() + b"\0")
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def folder_bytes(folder: Path) -> int:
+    """Returns the size of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,85 @@
+"""Pure loss terms: tensors in, scalar tensors out. The methods name them and decide when.
+
+Notation: B rows, N target positions, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+
+def target_logits(logits: Tensor, labels: Tensor, ignored: int = -100) -> Tensor:
+    """Returns the logits that predict the target tokens, row after row.
+
+    Args:
+        logits: (B, L, V); position i predicts token i + 1.
+        labels: (B, L), `ignored` where nothing is learnt.
+
+    Returns:
+        (N, V)
+    """
+    return logits[:, :-1][labels[:, 1:] != ignored]
+
+
+def distillation(logits: Tensor, reference: Tensor, temperature: float = 1.0) -> Tensor:
+    """T² · mean over positions of KL(p_ref^(1/T) ‖ p^(1/T)) (Hinton et al. 2015; LwF, Li and Hoiem 2016).
+
+    Args:
+        logits, reference: (N, V).
+    """
+    current = log_softmax(logits.float() / temperature, dim=-1)
+    target = log_softmax(reference.float() / temperature, dim=-1)
+    return temperature**2 * (target.exp() * (target - current)).sum(dim=-1).mean()
+
+
+def top_log_probabilities(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Returns the k largest log-probabilities and their token ids: (N, k) each."""
+    values, ids = log_softmax(logits.float(), dim=-1).topk(min(k, logits.shape[-1]), dim=-1)
+    return values, ids
+
+
+def top_k_divergence(logits: Tensor, reference_log_probabilities: Tensor, ids: Tensor) -> Tensor:
+    """KL(p_ref ‖ p) per position, with everything outside the reference's top k as one further outcome.
+
+    Zero, with zero gradient, where p = p_ref; a lower bound of the full divergence (data-processing inequality).
+
+    Args:
+        logits: (N, V) of the current model.
+        reference_log_probabilities, ids: (N, k) as `top_log_probabilities` returns them.
+
+    Returns:
+        (N,)
+    """
+    current = log_softmax(logits.float(), dim=-1).gather(-1, ids)
+    reference = reference_log_probabilities
+    inside = (reference.exp() * (reference - current)).sum(dim=-1)
+    if ids.shape[-1] == logits.shape[-1]:
+        return inside
+    smallest = torch.finfo(torch.float32).eps
+    rest = (1 - reference.exp().sum(dim=-1)).clamp_min(smallest)
+    current_rest = (1 - current.exp().sum(dim=-1)).clamp_min(smallest)
+    return inside + rest * (rest.log() - current_rest.log())
+
+
+def normalised_distance(hidden: Tensor, reference: Tensor) -> Tensor:
+    """‖n(h) − n(h_ref)‖² / D per position, n(h) = h / rms(h): (N, D), (N, D) -> (N,)."""
+
+    def normalise(states: Tensor) -> Tensor:
+        states = states.float()
+        return states / states.pow(2).mean(dim=-1, keepdim=True).add(1e-12).sqrt()
+
+    return (normalise(hidden) - normalise(reference)).pow(2).mean(dim=-1)
+
+
+def quadratic_penalty(
+    parameters: Mapping[str, Tensor], anchors: Mapping[str, Tensor], importance: Mapping[str, Tensor]
+) -> Tensor:
+    """½ Σ Ω_i (θ_i − θ*_i)² (EWC, Kirkpatrick et al. 2017, eq. 3 with λ left to the caller)."""
+    terms = [
+        (importance[name] * (parameter.float() - anchors[name]).pow(2)).sum() for name, parameter in parameters.items()
+    ]
+    return 0.5 * torch.stack(terms).sum()

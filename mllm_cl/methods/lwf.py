@@ -1,0 +1,50 @@
+"""lwf: learning without forgetting, distillation from the previous stage on the current inputs.
+
+Idea: while learning task t, keep answering its inputs as the model of stage t−1 would.
+Formula: L = CE + strength · T² · mean over target positions of KL(p_{t−1}^{1/T} ‖ p_t^{1/T}).
+Stored per task: nothing (the previous stage is the frozen consolidated adapter, or one frozen copy of the adapter).
+Cost per step: one further forward pass without gradients, about 1.33×; nothing at the first task.
+Reference: Li and Hoiem 2016 (arXiv 1606.09282). TRACE's released LwF passes teacher and student the wrong way round and caches
+teacher logits by step number although rows are shuffled; here both come from the same batch.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from mllm_cl.methods._terms import distillation, target_logits
+from mllm_cl.methods.base import Context, Method, TrainBatch
+
+
+class LwF(Method):
+    """Learning without forgetting.
+
+    Args:
+        strength: weight of the distillation.
+        temperature: T; larger looks further down the reference's ranking.
+    """
+
+    name = "lwf"
+    summary = "distil the previous stage on the current inputs"
+    needs = frozenset({"previous"})
+
+    def __init__(
+        self, *, strength: Annotated[float, Field(ge=0)] = 1.0, temperature: Annotated[float, Field(gt=0)] = 2.0
+    ) -> None:
+        self.strength, self.temperature = strength, temperature
+
+    def loss_terms(self, ctx: Context, model: nn.Module, batch: TrainBatch, outputs: Any) -> dict[str, Tensor]:
+        if ctx.index == 1 or self.strength == 0:
+            return {}
+        labels = batch.inputs["labels"]
+        inputs = {name: value for name, value in batch.inputs.items() if name != "labels"}
+        with ctx.reference("previous"):
+            reference = target_logits(ctx.model(**inputs).logits, labels)
+        ctx.cost["extra_forward_passes"] += 1
+        current = target_logits(outputs.logits, labels)
+        if not len(current):  # a micro-batch of ignored rows only
+            return {"lwf": outputs.logits.sum() * 0.0}
+        return {"lwf": self.strength * distillation(current, reference, self.temperature) * batch.share("tokens")}

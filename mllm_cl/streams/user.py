@@ -1,0 +1,262 @@
+"""The stream file of a user, `stream.yaml`: which files are the tasks, in which order.
+
+```yaml
+name: my-stream
+tasks:
+  - name: plates
+    train: plates/train.json
+    test: plates/test.json
+    validation: plates/validation.json    # optional
+    image_folder: plates/images           # optional; the folder of each file by default
+    metric: exact_match                   # optional; any scorer
+    instruction_suffix: "Answer with one word."   # optional
+    format: llava                         # optional; found out by default
+    max_new_tokens: 16                    # optional
+    description: "Reading number plates"  # optional
+```
+
+Paths are relative to the file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from mllm_cl.data.formats import FORMATS
+from mllm_cl.data.readers import hub_id_of, read_rows
+from mllm_cl.data.rows import Rows
+from mllm_cl.errors import DataError, StreamError, suggest
+from mllm_cl.streams.fingerprint import fingerprint as fingerprint_of
+from mllm_cl.streams.stream import Stream, Task
+
+TASK_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+SPLITS = ("train", "validation", "test")
+Split = Literal["train", "validation", "test"]
+
+
+class TaskFile(BaseModel):
+    """One task of a stream file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: str = Field(description="Unique name; becomes a folder name.")
+    train: str = Field(min_length=1, description="Training rows: file, folder or Hub id.")
+    test: str = Field(min_length=1, description="Test rows: file, folder or Hub id.")
+    validation: str | None = Field(None, min_length=1, description="Rows to choose settings on.")
+    image_folder: str | None = Field(None, description="What relative image paths are relative to.")
+    metric: str = Field("exact_match", min_length=1, description="Name of a scorer.")
+    instruction_suffix: str | None = Field(None, description="Appended to the last user turn on a line of its own.")
+    format: str = Field("auto", description="Row format; found out from the first rows by default.")
+    max_new_tokens: int | None = Field(None, ge=1, description="Longest answer to generate.")
+    description: str = Field("", description="One line for listings.")
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if not TASK_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} cannot be a task name|letters, digits, `.`, `_`, `-`; no dot in front")
+        return name
+
+    @field_validator("format")
+    @classmethod
+    def _check_format(cls, name: str) -> str:
+        if name != "auto" and name not in FORMATS:
+            raise ValueError(f"unknown format {name!r}|{suggest(name, ['auto', *FORMATS])}")
+        return name
+
+
+class StreamFile(BaseModel):
+    """What a stream file says, checked but with no data read yet."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: str = Field(min_length=1, description="Name for reports.")
+    tasks: list[TaskFile] = Field(min_length=1, description="Tasks in the order of learning.")
+
+
+def read_stream(path: str | Path, *, fingerprint: bool = True) -> Stream:
+    """Returns the stream of a stream file; rows are indexed, not converted, and no image is opened.
+
+    Args:
+        path (`str` or `Path`): the YAML file, or a folder that holds `stream.yaml`.
+        fingerprint (`bool`, defaults to `True`): compute `Stream.fingerprint`, which reads every row once.
+
+    Raises:
+        StreamError: the file, or one of its data files, cannot be used; names the file and the key.
+
+    Example:
+
+    ```python
+    >>> from mllm_cl.streams import read_stream
+    >>> stream = read_stream("my-stream/stream.yaml")  # doctest: +SKIP
+    >>> [task.name for task in stream]  # doctest: +SKIP
+    ['plates', 'menus']
+
+    ```
+    """
+    file, content = read_stream_file(path)
+    tasks = []
+    for index, task in enumerate(content.tasks):
+        rows = {split: open_split(file, content, index, split) for split in SPLITS}
+        tasks.append(
+            Task(
+                name=task.name,
+                train=rows["train"] or (),
+                test=rows["test"] or (),
+                validation=rows["validation"] or (),
+                metric=task.metric,
+                max_new_tokens=task.max_new_tokens,
+                description=task.description,
+            )
+        )
+    return Stream(content.name, tuple(tasks), fingerprint_of(tasks) if fingerprint else "")
+
+
+def read_stream_file(path: str | Path) -> tuple[Path, StreamFile]:
+    """Returns the path of the stream file and what it says.
+
+    Raises:
+        StreamError: it is missing, not UTF-8, not YAML, or its keys are not those of a stream file.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        file = file / "stream.yaml"
+    if not file.is_file():
+        names = sorted(item.name for item in file.parent.glob("*.y*ml")) if file.parent.is_dir() else []
+        hint = f"there is: {', '.join(names)}." if names else "write one; see `mllm_cl.streams.user`."
+        raise StreamError(f"{file}: the stream file does not exist.", expected="a stream.yaml", fix=hint)
+    content = _parse_yaml(file)
+    if not isinstance(content, dict):
+        raise StreamError(
+            f"{file}: the file is {'empty' if content is None else 'no mapping'}.",
+            expected="the keys `name` and `tasks`",
+        )
+    try:
+        stream = StreamFile.model_validate(content)
+    except ValidationError as error:
+        raise _explain(file, error) from error
+    seen: dict[str, int] = {}
+    for index, task in enumerate(stream.tasks):
+        first = seen.setdefault(task.name.casefold(), index)
+        if first != index:
+            raise StreamError(
+                f"{file}, tasks[{index}].name: {task.name!r} is also the name of tasks[{first}].",
+                expected="names that differ in more than upper and lower case (they become folders)",
+                fix="give every task its own name.",
+            )
+    return file, stream
+
+
+def open_split(file: Path, stream: StreamFile, index: int, split: Split) -> Rows | None:
+    """Returns the rows of one split of one task, or `None` if the task has no such split.
+
+    Raises:
+        StreamError: the data file cannot be read; names the stream file and the key.
+    """
+    task = stream.tasks[index]
+    value = {"train": task.train, "validation": task.validation, "test": task.test}[split]
+    if value is None:
+        return None
+    folder = file.parent / Path(task.image_folder).expanduser() if task.image_folder is not None else None
+    if folder is not None and not folder.is_dir():
+        raise StreamError(
+            f"{file}, tasks[{index}].image_folder: the folder {str(folder)!r} does not exist.",
+            expected="a folder, relative to the stream file",
+            fix="correct the path, or remove the key when image paths are relative to the data file.",
+        )
+    try:
+        return read_rows(
+            _locate(file, value),
+            format=task.format,
+            image_folder=folder,
+            split=split,
+            suffix=task.instruction_suffix,
+            task=task.name,
+        )
+    except DataError as error:
+        raise StreamError(
+            f"{file}, tasks[{index}].{split}: {error.given}", expected=error.expected, fix=error.fix
+        ) from error
+
+
+def _locate(file: Path, value: str) -> str:
+    """Returns a path relative to the stream file, or a Hub id as it is when nothing local is meant."""
+    name = value.rsplit("@", 1)[0] if "@" in value.rsplit("/", 1)[-1] else value
+    local = file.parent / Path(value).expanduser()
+    if local.exists() or (file.parent / name).exists() or (file.parent / name).parent.is_dir():
+        return str(local)
+    return value if hub_id_of(name) else str(local)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, where YAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in keys:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", key_node.start_mark
+                )
+            if isinstance(key, Hashable):
+                keys.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _parse_yaml(file: Path) -> Any:
+    try:
+        return yaml.load(file.read_text(encoding="utf-8-sig"), Loader=_Loader)  # a SafeLoader
+    except UnicodeDecodeError as error:
+        raise StreamError(f"{file}: not UTF-8 ({error.reason}).", fix="save the file as UTF-8.") from error
+    except OSError as error:
+        raise StreamError(f"{file}: cannot be read ({error.strerror}).") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise StreamError(
+            f"{file}{place}: not valid YAML ({error.problem or error.context}).",
+            fix="check indentation, quotes and colons there.",
+        ) from error
+    except yaml.YAMLError as error:
+        raise StreamError(f"{file}: not valid YAML ({error}).") from error
+
+
+def _explain(file: Path, error: ValidationError) -> StreamError:
+    """Turns the first mistake pydantic found into a message with the key path."""
+    details = error.errors(include_url=False)
+    # A misspelt key also makes the right one missing: name the misspelling.
+    first = next((item for item in details if item["type"] == "extra_forbidden"), details[0])
+    location, kind = first["loc"], first["type"]
+    place = f"{file}, {_key_path(location)}"
+    given = first["input"]
+    if kind == "extra_forbidden":
+        model = TaskFile if len(location) > 1 else StreamFile
+        return StreamError(f"{place}: unknown key.", expected=suggest(str(location[-1]), model.model_fields))
+    if kind == "missing":
+        fix = f"add `{location[-1]}:`."
+        if location[-1:] == ("test",):
+            fix = (
+                "add `test:`; without a test split nothing can be measured, so hold some rows out of the training file."
+            )
+        return StreamError(f"{place}: the key is missing.", fix=fix)
+    if kind == "value_error":
+        message, _, expected = first["msg"].removeprefix("Value error, ").partition("|")
+        return StreamError(f"{place}: {message}.", expected=expected, fix="choose another.")
+    if kind == "too_short" and location == ("tasks",):
+        return StreamError(f"{place}: the stream has no tasks.", expected="at least one task", fix="add a task.")
+    fix = "put the value in quotes." if kind == "string_type" and isinstance(given, (int, float, bool)) else None
+    return StreamError(f"{place}: {given!r} given.", expected=first["msg"], fix=fix)
+
+
+def _key_path(location: tuple[int | str, ...]) -> str:
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    return path

@@ -1,0 +1,125 @@
+"""The `training` section of a recipe -> `TrainingArguments` of one stage."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from mllm_cl.errors import RecipeError, suggest
+
+# Used where the recipe is silent. LoRA learning rate, schedule, warm-up and weight decay: LLaVA-1.5's LoRA recipe.
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.03,
+    "weight_decay": 0.0,
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 16,
+    "logging_steps": 10,
+    "save_strategy": "steps",
+    "save_steps": 200,
+    "save_total_limit": 1,
+    "report_to": "none",
+    "include_num_input_tokens_seen": "non_padding",
+}
+
+# Arguments of transformers 4 that 5 refuses, and what to write instead.
+RENAMED: dict[str, str] = {
+    "warmup_ratio": "warmup_steps: 0.03   # a float below 1 is a share of all steps",
+    "group_by_length": "train_sampling_strategy: group_by_length",
+    "no_cuda": "use_cpu: true",
+    "evaluation_strategy": "evaluation.tasks in the recipe",
+    "tokenizer": "model.name_or_path in the recipe",
+    "gradient_checkpointing": "activation_checkpointing: true",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs: {...}",
+    "per_gpu_train_batch_size": "per_device_train_batch_size: 16",
+    "per_gpu_eval_batch_size": "evaluation.batch_size in the recipe",
+    "logging_dir": "the environment variable TENSORBOARD_LOGGING_DIR",
+    "overwrite_output_dir": "a new output_dir in the recipe",
+    "save_safetensors": "nothing: safetensors are always used",
+    "half_precision_backend": "bf16: true",
+    "torchdynamo": "torch_compile: true",
+    "use_mps_device": "nothing: the device is found",
+    "push_to_hub_token": "nothing: `hf auth login`",
+    "push_to_hub_model_id": "nothing: `mllm-cl push`",
+    "fsdp_transformer_layer_cls_to_wrap": "fsdp_config: {transformer_layer_cls_to_wrap: ...}",
+    "fsdp_min_num_params": "fsdp_config: {min_num_params: ...}",
+    "include_tokens_per_second": "include_num_input_tokens_seen: true",
+    "jit_mode_eval": "nothing: it is gone",
+    "past_index": "nothing: it is gone",
+    "ray_scope": "nothing: it is gone",
+    "tpu_num_cores": "nothing: it is gone",
+}
+
+# What the stream loop decides; saying it in the recipe would contradict it.
+OWNED: dict[str, str] = {
+    "output_dir": "output_dir at the top of the recipe",
+    "seed": "seed at the top of the recipe",
+    "data_seed": "seed at the top of the recipe",
+    "remove_unused_columns": "nothing: rows are always kept whole",
+    "label_names": "nothing",
+    "do_train": "nothing",
+    "do_eval": "nothing",
+    "do_predict": "nothing",
+    "eval_strategy": "evaluation.tasks in the recipe",
+    "eval_on_start": "evaluation.stage_zero in the recipe",
+    "load_best_model_at_end": "nothing: a stage ends with its last step",
+    "resume_from_checkpoint": "nothing: the same command continues a run",
+    "push_to_hub": "`mllm-cl push`",
+    "disable_tqdm": "nothing: the command line shows progress",
+    "auto_find_batch_size": "per_device_train_batch_size",
+    "use_cache": "nothing",
+}
+
+
+def check_training(section: dict[str, Any]) -> None:
+    """Refuses what `TrainingArguments` would not understand, naming the line to write instead.
+
+    Raises:
+        RecipeError: an unknown, renamed or reserved key, or a value that is refused.
+    """
+    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    for key in section:
+        if key in RENAMED:
+            raise RecipeError(
+                f"training.{key}: an argument of transformers 4 that version 5 does not have.",
+                expected=RENAMED[key],
+                fix="replace the line.",
+            )
+        if key in OWNED:
+            raise RecipeError(f"training.{key}: decided by the run itself.", expected=OWNED[key], fix="remove the line.")
+        if key not in known:
+            raise RecipeError(f"training.{key}: unknown key.", expected=suggest(key, known - OWNED.keys()))
+    training_arguments(section, Path("unused"), 0)
+
+
+def training_arguments(section: dict[str, Any], folder: Path, seed: int) -> TrainingArguments:
+    """Returns the arguments of one stage, defaults filled in.
+
+    Raises:
+        RecipeError: `TrainingArguments` refuses a value.
+    """
+    settings = DEFAULTS | section
+    for name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"):
+        value = settings.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+            raise RecipeError(f"training.{name}: {value!r} is not usable.", expected="a number above 0")
+    if settings["save_strategy"] not in ("steps", "epoch", "no"):
+        raise RecipeError(f"training.save_strategy: {settings['save_strategy']!r}.", expected="steps, epoch or no")
+    try:
+        return TrainingArguments(
+            output_dir=str(folder),
+            seed=seed,
+            data_seed=seed,
+            remove_unused_columns=False,
+            label_names=["labels"],
+            disable_tqdm=True,
+            **settings,
+        )
+    except (TypeError, ValueError, ImportError) as error:
+        raise RecipeError(
+            f"training: transformers refuses these arguments ({str(error).splitlines()[0]}).", fix="correct the section."
+        ) from error

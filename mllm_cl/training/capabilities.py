@@ -1,0 +1,97 @@
+"""Refuses an impossible recipe before any weight is loaded."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Sequence
+
+from peft import LoraConfig
+
+from mllm_cl.errors import MethodError, RecipeError, suggest
+from mllm_cl.methods import Method, adapter_policy, build_method
+from mllm_cl.methods.base import overrides
+from mllm_cl.recipe import MethodSpec, Recipe
+from mllm_cl.training.arguments import check_training
+
+ANCHORS = ("finetune", "joint", "single")
+
+
+def launcher() -> str:
+    """Returns how this process was started: `single` or `ddp`."""
+    return "ddp" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "single"
+
+
+def build_methods(recipe: Recipe) -> list[Method]:
+    """Returns the methods of a recipe, checked against each other, the launcher and the model section.
+
+    Raises:
+        MethodError: unknown, wrong options, listed twice, or not combinable.
+        RecipeError: LoRA or training arguments are not usable.
+    """
+    specs = recipe.methods or [MethodSpec(name="finetune")]
+    methods = [build_method(spec) for spec in specs]
+    names = [method.name for method in methods]
+    for name in names:
+        if names.count(name) > 1:
+            raise MethodError(f"methods: {name} is listed twice.", fix="keep one of the two entries.")
+        if name in ANCHORS and len(names) > 1:
+            others = ", ".join(other for other in names if other != name)
+            raise MethodError(
+                f"methods: {name} is a baseline of its own and cannot be combined with {others}.",
+                fix=f"remove {name}, or run it by itself.",
+            )
+    policy = adapter_policy(methods, recipe.model.adapters)
+    _check_needs(methods, policy)
+    _check_launcher(methods)
+    check_lora(recipe.model.lora)
+    check_training(recipe.training)
+    return methods
+
+
+def _check_needs(methods: Sequence[Method], policy: str) -> None:
+    for method in methods:
+        if "previous" in method.needs and policy == "per_task":
+            raise MethodError(
+                f"methods: {method.name} needs the previous stage as reference; with one adapter per task there is none.",
+                expected="a method with one or stacked adapters beside it",
+                fix=f"remove {method.name} or the method that keeps one adapter per task.",
+            )
+    routing = [method.name for method in methods if overrides(method, "route")]
+    if len(routing) > 1:
+        raise MethodError(f"methods: {' and '.join(routing)} both route samples.", fix="keep one of them.")
+
+
+def _check_launcher(methods: Sequence[Method]) -> None:
+    current = launcher()
+    for method in methods:
+        if current not in method.supports:
+            raise MethodError(
+                f"methods: {method.name} does not work under {current}.",
+                expected="one of: " + ", ".join(sorted(method.supports)),
+                fix="start it with one of these launchers.",
+            )
+
+
+def check_lora(settings: dict) -> LoraConfig:
+    """Returns the LoRA configuration of the recipe.
+
+    Raises:
+        RecipeError: an unknown key, or a value that PEFT refuses.
+    """
+    known = [name for name in inspect.signature(LoraConfig).parameters if name not in ("task_type", "peft_type")]
+    for key in settings:
+        if key not in known:
+            raise RecipeError(f"model.lora.{key}: unknown key.", expected=suggest(key, known))
+    for key in ("use_dora", "modules_to_save", "target_parameters", "layer_replication", "lora_bias"):
+        if settings.get(key):
+            raise RecipeError(
+                f"model.lora.{key}: not supported; the update must be exactly B A.", fix="remove it."
+            )
+    rank = settings.get("r", 8)
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise RecipeError(f"model.lora.r: {rank!r} is not a rank.", expected="a whole number of at least 1")
+    try:
+        return LoraConfig(**settings)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"model.lora: PEFT refuses these settings ({error}).") from error

@@ -1,0 +1,270 @@
+"""The learner: what persists from task to task, that is the model with its adapters, the methods and the stage.
+
+Three adapter policies, one life cycle:
+
+- `one`: the adapter `default` is trained on and on. A frozen copy `previous` exists while a method needs it.
+- `stacked`: the frozen `default` (consolidated adapter) and a fresh `task` are both on; after the task the exact update of
+  `task` is added to `default`, whose rank grows up to `max_rank` and is then recompressed.
+- `per_task`: every task has an adapter of its own name; methods route.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, ProcessorMixin
+
+from mllm_cl.data.collate import Collator
+from mllm_cl.data.rows import Row
+from mllm_cl.errors import ModelError, RecipeError
+from mllm_cl.evaluation.engine import GenerationSettings, generate
+from mllm_cl.methods import Context, Method, RouteBatch, adapter_policy
+from mllm_cl.methods.base import AdapterPolicy, ReferenceKind, overrides
+from mllm_cl.models import adapters
+from mllm_cl.models.embedding import embed_inputs
+from mllm_cl.models.parts import lora_targets
+from mllm_cl.streams import Stream, Task
+from mllm_cl.training.states import load_states, save_states
+
+logger = logging.getLogger(__name__)
+
+_EMBEDDED_AT_ONCE = 64
+
+
+class Learner:
+    """A model that learns task after task.
+
+    Args:
+        model: the base model, or a `PeftModel` with a LoRA adapter called `default`.
+        processor: its processor.
+        methods: in the order in which they are applied.
+        lora: LoRA settings of every adapter; the language part is the default target.
+        seed: everything random is derived from it and the stage.
+        policy: adapter policy when the methods leave the choice.
+        max_rank: rank that the consolidated adapter is recompressed to; 4 x r when not given.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        processor: ProcessorMixin,
+        methods: Sequence[Method] = (),
+        lora: LoraConfig | None = None,
+        *,
+        seed: int = 0,
+        policy: AdapterPolicy | None = None,
+        max_rank: int | None = None,
+        bridge: bool = False,
+        vision: bool = False,
+    ) -> None:
+        self.processor, self.methods, self.seed, self.stage = processor, list(methods), seed, 0
+        self.policy = adapter_policy(self.methods, policy)
+        if isinstance(model, PeftModel):
+            config = next(iter(model.peft_config.values()))
+            if not isinstance(config, LoraConfig) or adapters.DEFAULT not in model.peft_config:
+                raise ModelError(
+                    "the model has no LoRA adapter called 'default'.", fix="wrap it with get_peft_model(model, LoraConfig(...))."
+                )
+            self.lora, self.model = config, model
+        else:
+            self.lora = lora if lora is not None else LoraConfig(r=8, lora_alpha=16)
+            if self.lora.target_modules is None:
+                self.lora.target_modules = lora_targets(model, bridge=bridge, vision=vision)
+            model.config.use_cache = True
+            self.model = adapters.add_adapter(model, adapters.DEFAULT, self.lora, seed)
+        self.max_rank = max_rank or 4 * self.lora.r
+        self.truncation_error = 0.0
+        self.model.get_base_model()._mllm_cl_learner = self  # found again by `Learner.of` in a user's own loop
+        self._deploy()
+
+    @staticmethod
+    def of(model: PreTrainedModel | PeftModel) -> Learner | None:
+        """Returns the learner that a model belongs to, if any."""
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        return base.__dict__.get("_mllm_cl_learner")
+
+    @property
+    def trained_adapter(self) -> dict[AdapterPolicy, str]:
+        return {"one": adapters.DEFAULT, "stacked": adapters.TASK}
+
+    def needs(self, what: str) -> bool:
+        """True if one of the methods declares this need."""
+        return any(what in method.needs for method in self.methods)
+
+    def begin_task(self, task: Task, stream: Stream, accelerator: Accelerator) -> Context:
+        """Prepares adapters and methods for a task; afterwards exactly the task's parameters are trainable."""
+        index = self.stage + 1
+        ctx = self._context(task, stream, index, accelerator)
+        trained = task.name if self.policy == "per_task" else self.trained_adapter[self.policy]
+        if self.policy == "one":
+            if self.needs("previous"):
+                adapters.copy_adapter(self.model, adapters.DEFAULT, adapters.PREVIOUS)
+        else:
+            if trained in adapters.adapter_names(self.model):
+                adapters.remove_adapter(self.model, trained)
+            adapters.add_adapter(self.model, trained, self.lora, self.seed * 1000 + index)
+        adapters.set_active(self.model, [adapters.DEFAULT, trained] if self.policy == "stacked" else [trained])
+        for method in self.methods:
+            method.begin_task(ctx)
+        adapters.set_trainable(self.model, [trained])
+        return ctx
+
+    def train_rows(self, ctx: Context, rows: Sequence[Row]) -> Sequence[Row]:
+        """Returns what the methods make of the task's rows."""
+        for method in self.methods:
+            rows = method.train_rows(ctx, rows)
+        return rows
+
+    def end_task(self, ctx: Context) -> None:
+        """Lets the methods finish, folds the fresh adapter, and leaves the deployable model."""
+        for method in self.methods:
+            method.end_task(ctx)
+        if self.policy == "stacked":
+            self._fold()
+        adapters.set_trainable(self.model, [])
+        self.stage = ctx.index
+        self._deploy()
+
+    def _fold(self) -> None:
+        """default <- default + task, exactly, at the smallest uniform rank up to `max_rank`."""
+        past = adapters.adapter_deltas(self.model, adapters.DEFAULT)
+        fresh = adapters.adapter_deltas(self.model, adapters.TASK)
+        rank = min(self.max_rank, self.model.peft_config[adapters.DEFAULT].r * (self.stage > 0) + self.lora.r)
+        folded, errors = {}, [0.0]
+        for name, update in fresh.items():
+            folded[name], error = (past[name] + update).truncate(rank=rank)
+            errors.append(error)
+        self.truncation_error = max(errors)
+        if self.truncation_error > 0:
+            logger.info("recompressed to rank %d: largest relative error %.3g", rank, self.truncation_error)
+        adapters.write_deltas(self.model, adapters.DEFAULT, folded, rank)
+        adapters.remove_adapter(self.model, adapters.TASK)
+
+    def _deploy(self) -> None:
+        """Makes the deployable adapter the active one."""
+        own = [] if self.policy == "per_task" else [adapters.DEFAULT]
+        adapters.set_active(self.model, own)
+
+    def parameters(self) -> int:
+        """Number of parameters that are trainable now."""
+        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+
+    def routes(self) -> bool:
+        """True if a method chooses adapters per sample."""
+        return any(overrides(method, "route") for method in self.methods)
+
+    def router(self, ctx: Context, task: str | None) -> Callable[[Sequence[Row]], list[dict[str, float]] | None] | None:
+        """Returns the routing function for rows of `task` (`None`: a general benchmark)."""
+        if not self.routes():
+            return None
+
+        def route(rows: Sequence[Row]) -> list[dict[str, float]] | None:
+            batch = RouteBatch(rows=rows, tasks=[task] * len(rows))
+            for method in self.methods:
+                choice = method.route(ctx, batch)
+                if choice is not None:
+                    return choice
+            return None
+
+        return route
+
+    # what is saved ---------------------------------------------------------------------------------------------------
+
+    def save_adapters(self, folder: Path) -> None:
+        """Writes the deployable adapters as plain PEFT folders: one in the root, or one subfolder per task."""
+        if self.policy != "per_task":
+            adapters.save_adapter(self.model, adapters.DEFAULT, folder)
+            return
+        for name in adapters.adapter_names(self.model):
+            if name != adapters.DEFAULT:
+                adapters.save_adapter(self.model, name, folder / name)
+
+    def save_states(self, folder: Path) -> None:
+        """Writes the state of the methods."""
+        save_states(folder, self.methods)
+
+    def load_stage(self, adapter_folder: Path, method_folder: Path, stage: int) -> None:
+        """Restores the learner as it was at the end of a stage."""
+        if self.policy == "per_task":
+            for folder in sorted(path for path in adapter_folder.iterdir() if path.is_dir()):
+                adapters.load_adapter(self.model, folder, folder.name)
+        else:
+            adapters.load_adapter(self.model, adapter_folder, adapters.DEFAULT)
+        load_states(method_folder, self.methods)
+        self.stage = stage
+        adapters.set_trainable(self.model, [])
+        self._deploy()
+
+    # facilities of the context ---------------------------------------------------------------------------------------
+
+    def context(self, task: Task, stream: Stream, accelerator: Accelerator) -> Context:
+        """Returns the context of the stage that is completed, for routing."""
+        return self._context(task, stream, self.stage, accelerator)
+
+    def _context(self, task: Task, stream: Stream, index: int, accelerator: Accelerator) -> Context:
+        rng = torch.Generator().manual_seed((self.seed * 1_000_003 + index * 7919) % 2**63)
+
+        def calibration(count: int, batch_size: int) -> Iterator[dict[str, Any]]:
+            order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(self.seed + index))
+            chosen = order[:count].tolist()
+            for start in range(0, len(chosen), batch_size):
+                yield self._collate([task.train[position] for position in chosen[start : start + batch_size]])
+
+        return Context(
+            task=task,
+            index=index,
+            stream=stream,
+            model=self.model,
+            processor=self.processor,
+            accelerator=accelerator,
+            rng=rng,
+            options={"max_rank": self.max_rank},
+            reference=self._reference,
+            generate=self._generate,
+            embed=self._embed,
+            calibration=calibration,
+            collate=self._collate,
+        )
+
+    def _collate(self, rows: Sequence[Row]) -> dict[str, Any]:
+        return self._on_device(Collator(self.processor).inputs(rows))
+
+    def _on_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        device = next(self.model.parameters()).device
+        return {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+
+    @contextlib.contextmanager
+    def _reference(self, kind: ReferenceKind) -> Iterator[None]:
+        """The untouched base, or the model of the previous stage; no gradients, no dropout."""
+        if kind not in ("base", "previous"):
+            raise RecipeError(f"reference {kind!r} does not exist.", expected="base or previous")
+        names: list[str] = []
+        if kind == "previous":
+            names = [adapters.PREVIOUS if self.policy == "one" else adapters.DEFAULT]
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), adapters.active(self.model, names):
+                yield
+        finally:
+            self.model.train(was_training)
+
+    def _generate(self, rows: Sequence[Row], max_new_tokens: int) -> list[str]:
+        return generate(self.model, self.processor, rows, GenerationSettings(max_new_tokens=max_new_tokens))
+
+    def _embed(self, rows: Sequence[Row]) -> Tensor:
+        collator = Collator(self.processor, for_generation=True)
+        with self._reference("base"):
+            parts = [
+                embed_inputs(self.model, self._on_device(collator(list(rows[start : start + _EMBEDDED_AT_ONCE]))))
+                for start in range(0, len(rows), _EMBEDDED_AT_ONCE)
+            ]
+        return torch.cat(parts)

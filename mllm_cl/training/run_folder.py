@@ -1,0 +1,107 @@
+"""The folder of a run: where everything is, and whether it may be continued."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mllm_cl.errors import RunError
+from mllm_cl.files import write_json, write_text
+from mllm_cl.recipe import Recipe
+
+PACKAGES = ("mllm_cl", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "pillow")
+
+
+class RunFolder:
+    """Paths of a run folder; see DESIGN "A run on disk"."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+        self.recipe = self.root / "recipe.yaml"
+        self.environment = self.root / "environment.json"
+        self.ledger = self.root / "ledger.jsonl"
+
+    def stage(self, name: str) -> Path:
+        """Folder of a stage (`01-plates`): adapter/, method/ and, while it trains, checkpoints/."""
+        return self.root / "stages" / name
+
+    def cell(self, stage: str, measured: str) -> Path:
+        """Folder of one evaluation cell: the stage's name and what is measured."""
+        return self.root / "evaluation" / stage / measured
+
+
+def open_run(recipe: Recipe, *, writable: bool) -> RunFolder:
+    """Creates the folder of a run, or checks that the one that exists belongs to the same recipe.
+
+    Args:
+        recipe: the resolved recipe.
+        writable: whether this process writes (the main one does).
+
+    Raises:
+        RunError: the folder holds something else, another recipe's run, or cannot be written.
+    """
+    folder = RunFolder(recipe.output_dir)
+    if folder.recipe.exists():
+        _check_same(folder, recipe)
+        return folder
+    if folder.root.exists() and not folder.root.is_dir():
+        raise RunError(f"{folder.root}: is a file.", expected="a folder for the run", fix="change output_dir.")
+    if folder.root.exists() and any(path.name != "recipe.yaml.partial" for path in folder.root.iterdir()):
+        raise RunError(
+            f"{folder.root}: is not empty and not a run.", expected="a new folder", fix="change output_dir or empty it."
+        )
+    if writable:
+        write_json(folder.environment, environment(recipe))
+        write_text(folder.recipe, recipe.to_yaml())
+    return folder
+
+
+def _check_same(folder: RunFolder, recipe: Recipe) -> None:
+    try:
+        stored = Recipe.model_validate(yaml.safe_load(folder.recipe.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RunError(f"{folder.recipe}: cannot be read ({error}).", fix="change output_dir.") from error
+    if stored.sha256 == recipe.sha256:
+        return
+    differences = recipe_differences(stored, recipe)
+    raise RunError(
+        f"{folder.root}: is the run of another recipe ({'; '.join(differences[:6])}).",
+        expected="the recipe that the run was started with",
+        fix="change output_dir for the new recipe, or give the old one to continue.",
+    )
+
+
+def recipe_differences(first: Recipe, second: Recipe) -> list[str]:
+    """Returns `key: old -> new` for every setting that differs, `output_dir` and `name` left out."""
+
+    def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+        if isinstance(value, dict) and value:
+            parts = [flatten(child, f"{prefix}.{key}" if prefix else str(key)) for key, child in value.items()]
+            return {key: child for part in parts for key, child in part.items()}
+        return {prefix: value}
+
+    one = flatten(first.model_dump(mode="json", exclude={"output_dir", "name"}))
+    two = flatten(second.model_dump(mode="json", exclude={"output_dir", "name"}))
+    return [
+        f"{key}: {one.get(key)} -> {two.get(key)}" for key in sorted(one.keys() | two.keys()) if one.get(key) != two.get(key)
+    ]
+
+
+def environment(recipe: Recipe) -> dict[str, Any]:
+    """Returns what a reader needs to repeat the run elsewhere: versions, machine, processes, seed."""
+    return {
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "threads": torch.get_num_threads(),
+        "seed": recipe.seed,
+        "recipe_sha256": recipe.sha256,
+    }

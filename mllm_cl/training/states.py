@@ -1,0 +1,49 @@
+"""Saves and restores what methods carry: `state.safetensors` and `state.json` in a folder per method."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from mllm_cl.errors import RunError
+from mllm_cl.methods import Method, MethodState
+
+
+def _folder(root: Path, position: int, method: Method) -> Path:
+    return root / f"{position:02d}-{method.name}"
+
+
+def save_states(root: Path, methods: Sequence[Method]) -> None:
+    """Writes the state of every method below `root`."""
+    for position, method in enumerate(methods):
+        state = method.state_dict()
+        folder = _folder(root, position, method)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
+        save_file(tensors, folder / "state.safetensors")
+        content = {"method": method.name, "version": method.version, "data": state.data}
+        (folder / "state.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+
+
+def load_states(root: Path, methods: Sequence[Method]) -> None:
+    """Restores the state of every method from `root`.
+
+    Raises:
+        RunError: a state is missing or was written by another version of the method.
+    """
+    for position, method in enumerate(methods):
+        folder = _folder(root, position, method)
+        try:
+            content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            tensors = load_file(folder / "state.safetensors")
+        except (OSError, ValueError) as error:
+            raise RunError(f"{folder}: the state of {method.name} cannot be read ({error}).") from error
+        if content["version"] != method.version:
+            raise RunError(
+                f"{folder}: was written by version {content['version']} of {method.name}, this is {method.version}.",
+                fix="finish the run with the package version it was started with.",
+            )
+        method.load_state_dict(MethodState(tensors=tensors, data=content["data"]))
