@@ -296,7 +296,7 @@ def _place_images(row: dict[str, Any]) -> None:
         turns[0][:0] = [{"type": "image"} for _ in images]
         return
     raise RowError(
-        f"{blocks} `<image>` in the text but {len(images)} images.",
+        f"{blocks} `<image>` in the text but {len(images)} image{'s' * (len(images) != 1)}.",
         kind="placeholders",
         expected="one `<image>` per image, or none at all (images then come first)",
         fix="add or remove `<image>` in the text, or correct `image`/`images`.",

@@ -140,18 +140,20 @@ def _check_one(
     rows: Sequence[Row], index: int, split: str, name: str, report: SplitReport, first_use: dict[str, int]
 ) -> Mapping[str, Any] | None:
     """Adds the problems of one row; returns the row, as far as it could be read."""
+    known = None
     try:
         row: Any = rows[index]
     except RowError as error:
         report.problems.append(problem_of(error, name))
         if error.partial is None:
             return None
-        row = error.partial
+        row, known = error.partial, error.kind
     except DataError as error:
         report.problems.append(_located(rows, index, None, name, ("row", error.given, error.fix or "correct the row.")))
         return None
     for found in check_row(row, split):
-        report.problems.append(_located(rows, index, _id_of(row), name, found))
+        if found[0] != known:
+            report.problems.append(_located(rows, index, _id_of(row), name, found))
     row_id = _id_of(row)
     if row_id is not None:
         first = first_use.setdefault(row_id, index)

@@ -41,10 +41,10 @@ class AnswerChanges:
 
 
 def find_changes(run: RunSummary, per_task: int = 4) -> tuple[list[AnswerChanges], list[LostAnswer]]:
-    """Returns, per task, the counts of lost and gained answers, and up to `per_task` lost ones spread over the test rows.
+    """Returns, per task, counts of lost and gained answers, and up to `per_task` lost ones spread over the test rows.
 
-    Only tasks with predictions at their own stage and at a later one appear. A lost answer was right at some stage from its
-    own on and is wrong at the last one; `right_stage` is the last stage at which it was right.
+    Only tasks with predictions at their own stage and at a later one appear. A lost answer was right at some stage from
+    its own on and is wrong at the last one; `right_stage` is the last stage at which it was right.
     """
     changes: list[AnswerChanges] = []
     examples: list[LostAnswer] = []

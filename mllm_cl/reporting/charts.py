@@ -1,7 +1,7 @@
 """Geometry of the small line charts in `report.html`: numbers in, coordinates out; the template draws them as SVG.
 
-One panel per task instead of one crowded chart: readable for any number of tasks, on a phone, and without telling colours
-apart. All panels share one scale.
+One panel per task instead of one crowded chart: readable for any number of tasks, on a phone, and without telling
+colours apart. All panels share one scale.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def task_panels(run: RunSummary, others: Sequence[tuple[str, RunSummary]] = ()) 
         for label, other in runs
         if other.matrix is not None
     ]
-    scale = _scale([c for c in run.matrix.values])
+    scale = _scale(run.matrix.values)
     stages = len(run.stages)
     panels.append(_panel("All tasks seen so far", "mean", means, stages, scale))
     for index, task in enumerate(run.matrix.tasks, start=1):

@@ -187,7 +187,9 @@ def write_comparison(run_folders: Sequence[str | os.PathLike[str]], out_dir: str
 def _describe(run: RunSummary) -> dict[str, dict[str, object]]:
     """Returns what may differ between runs, as dotted names, by kind."""
     settings = {k: v for k, v in run.recipe.items() if k not in ("name", "output_dir", "methods", "seed")}
-    methods = {f"methods.{name}.{k}": v for name, options in run.methods for k, v in formatting.flatten(options).items()}
+    methods = {
+        f"methods.{name}.{k}": v for name, options in run.methods for k, v in formatting.flatten(options).items()
+    }
     budget = ("train_rows", "inquiry_rows", "steps", "tokens", "extra_forward_passes")
     totals = {field: run.total(field) for field in budget}
     stream: dict[str, object] = {"stages finished": len([stage for stage in run.stages if not stage.unmeasured])}
@@ -198,7 +200,9 @@ def _describe(run: RunSummary) -> dict[str, dict[str, object]]:
         stream["general benchmarks"] = ", ".join(run.matrix.general_names) or "none"
     versions = run.environment.get("versions", run.environment)
     return {
-        "budget": {k.replace("_", " "): formatting.NOT_MEASURED if v is None else f"{v:.12g}" for k, v in totals.items()},
+        "budget": {
+            k.replace("_", " "): formatting.NOT_MEASURED if v is None else f"{v:.12g}" for k, v in totals.items()
+        },
         "stream": stream,
         "setting": {"methods": run.method, "seed": run.seed, **formatting.flatten(settings), **methods},
         "version": formatting.flatten(versions),
@@ -206,8 +210,10 @@ def _describe(run: RunSummary) -> dict[str, dict[str, object]]:
 
 
 def _group_key(run: RunSummary) -> str:
+    """Runs with the same key differ in their seed only; an unfinished run stands alone, its sums cover less."""
     kept = {key: value for key, value in run.recipe.items() if key not in ("name", "output_dir", "seed")}
-    return json.dumps([kept, run.methods], sort_keys=True, default=str)
+    tasks = run.matrix.tasks if run.matrix else []
+    return json.dumps([kept, run.methods, tasks, run.missing, run.seed is None], sort_keys=True, default=str)
 
 
 def _final(run: RunSummary, task: str) -> float | None:

@@ -1,4 +1,4 @@
-"""PNG figures for `report.md` and papers. matplotlib is imported on use, and only its object interface: no global state."""
+"""PNG figures for `report.md` and papers. matplotlib is imported on use, by its object interface: no global state."""
 
 from __future__ import annotations
 
@@ -62,11 +62,12 @@ def curves(matrix: AccuracyMatrix, general: bool = False) -> Figure:
     figure, axes = _blank(7.2, 3.8)
     start = 0 if matrix.has_base else 1
     for j, name in enumerate(names):
-        known = [(i + start, row[j], errors[i][j] or 0.0) for i, row in enumerate(values) if row[j] is not None]
-        if known:
-            stages, heights, bars = zip(*known)
-            style = ("-", "--", ":")[j // 10 % 3]
-            axes.errorbar(stages, heights, yerr=bars, marker="o", ms=4, lw=1.6, ls=style, capsize=2, label=_short(name))
+        # NaN breaks the line where a stage was not measured
+        heights = [float("nan") if (value := row[j]) is None else value for row in values]
+        bars = [errors[i][j] or 0.0 for i in range(len(values))]
+        stages = range(start, start + len(values))
+        style = ("-", "--", ":")[j // 10 % 3]
+        axes.errorbar(stages, heights, yerr=bars, marker="o", ms=4, lw=1.6, ls=style, capsize=2, label=_short(name))
     axes.set_xticks(range(start, len(matrix.tasks) + 1))
     axes.set_xlabel("stage (0 is the untouched model)" if start == 0 else "stage")
     axes.set_ylabel("score in percent")

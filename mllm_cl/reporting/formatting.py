@@ -117,11 +117,12 @@ def flatten(content: object, prefix: str = "") -> dict[str, object]:
 def markdown_cell(value: object) -> str:
     """Returns text that stays text inside a cell of a GitHub Markdown table, whatever it holds."""
     text = html.escape(" ".join(str(value).split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|~#!@$])", r"\\\1", text).replace(r"\@", "&#64;")
+    text = re.sub(r"([\\`*\[|~#!$])", r"\\\1", text).replace("@", "&#64;").replace("://", "&#58;//")
+    return re.sub(r"(?<!\w)_|_(?!\w)", r"\_", text)  # inside a word it is no markup
 
 
 def markdown_table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
-    """Returns a GitHub Markdown table; the first column is set left, the others right.
+    """Returns a GitHub Markdown table; columns of numbers are set right.
 
     >>> print(markdown_table(["a", "b"], [["x|y", 1]]))
     | a | b |
@@ -130,4 +131,6 @@ def markdown_table(header: Sequence[object], rows: Sequence[Sequence[object]]) -
     """
     lines = [list(header), *map(list, rows)]
     cells = ["| " + " | ".join(markdown_cell(cell) for cell in line) + " |" for line in lines]
-    return "\n".join([cells[0], "|---|" + "--:|" * (len(header) - 1), *cells[1:]])
+    numeric = [all(re.match(rf"[−+-]?\d|$|{NOT_MEASURED}", str(row[j])) for row in rows) for j in range(len(header))]
+    rule = "|" + "|".join("--:" if number and j else "---" for j, number in enumerate(numeric)) + "|"
+    return "\n".join([cells[0], rule, *cells[1:]])

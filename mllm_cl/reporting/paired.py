@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,5 +59,5 @@ def _final_scores(run: RunSummary, task: str) -> dict[str, float]:
     return {
         str(line["id"]): float(line["score"])
         for line in lines
-        if "id" in line and isinstance(line.get("score"), (int, float))
+        if "id" in line and isinstance(line.get("score"), (int, float)) and math.isfinite(line["score"])
     }

@@ -142,7 +142,7 @@ def metric_rows(run: RunSummary) -> tuple[list[MetricRow], int]:
                 definition.label,
                 write(metric.value, errors[name]),
                 metric.value is not None,
-                metric.reason or "",
+                (metric.reason or "")[:1].upper() + (metric.reason or "")[1:],
                 "" if metric.divisor is None else str(metric.divisor),
                 definition.sentence,
                 definition.formula,
@@ -204,7 +204,7 @@ COST_COLUMNS = (
 
 
 def cost_table(run: RunSummary) -> list[list[str]]:
-    """Returns header and rows: one per stage, and a last one with sums (time, rows, steps, tokens) and peaks (the rest)."""
+    """Returns header and rows: one per stage, and one with sums (time, rows, steps, tokens) and peaks (the rest)."""
     if not run.stages:
         return []
     columns = [c for c in COST_COLUMNS if c[3] or any(getattr(stage, c[1]) is not None for stage in run.stages)]
@@ -228,7 +228,7 @@ def _templates() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"cell": formatting.markdown_cell}
+    environment.filters |= {"cell": formatting.markdown_cell, "change": formatting.change}
     environment.globals |= {"markdown_table": formatting.markdown_table, "not_measured": formatting.NOT_MEASURED}
     return environment
 

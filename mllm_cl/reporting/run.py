@@ -130,7 +130,9 @@ class RunSummary:
                 found.append(f"{stage.name}: not trained.")
             elif stage.unmeasured:
                 found.append(f"{stage.name}: not measured on {', '.join(stage.unmeasured)}.")
-        return tuple(found) if self.stages else ("no task is known yet: there is neither a matrix nor a trained stage.",)
+        return (
+            tuple(found) if self.stages else ("no task is known yet: there is neither a matrix nor a trained stage.",)
+        )
 
     def total(self, field: str) -> float | None:
         """Returns the sum of a cost over the trained stages; `None` if one of them lacks it."""

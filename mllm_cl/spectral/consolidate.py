@@ -148,7 +148,8 @@ def consolidate_many(
             expected=", ".join(GRANULARITIES),
             fix=suggest(granularity, GRANULARITIES),
         )
-    missing = [name for name in deltas if previous is not None and name not in previous]
+    before = previous if rate == "overlap" and previous is not None else {}  # no other rate reads it
+    missing = [name for name in deltas if before and name not in before]
     if missing:
         raise SpectralError(
             f"`previous` has no entry for {missing[0]!r} ({len(missing)} missing).",
@@ -158,7 +159,7 @@ def consolidate_many(
     if granularity == "matrix":
         done: dict[str, LowRankDelta] = {}
         for name, delta in deltas.items():
-            raw = _raw_rate(rate, options, delta.sigma, delta=delta, previous=previous[name] if previous else None)
+            raw = _raw_rate(rate, options, delta.sigma, delta=delta, previous=before.get(name))
             done[name] = _apply(delta, _calibrated(delta.sigma, raw, strength, match, cap))
         return done
 
@@ -169,8 +170,7 @@ def consolidate_many(
         groups.setdefault("" if granularity == "global" else layer_type(name), []).append(name)
         sigmas[name] = delta.sigma
         if rate == "overlap":
-            earlier = previous[name] if previous else None
-            overlaps[name] = _raw_rate(rate, options, delta.sigma, delta=delta, previous=earlier)
+            overlaps[name] = _raw_rate(rate, options, delta.sigma, delta=delta, previous=before.get(name))
     rates: dict[str, Tensor] = {}
     for names in groups.values():
         shared = torch.cat([sigmas[name] for name in names])  # (rank_1,), (rank_2,), ... -> (sum of ranks,)

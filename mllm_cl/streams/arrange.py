@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
+from mllm_cl.data.problems import RowError
 from mllm_cl.data.rows import Row, Rows, reference_answers
 from mllm_cl.data.validate import image_key
 from mllm_cl.errors import StreamError, suggest
@@ -87,7 +88,7 @@ def _ordered(stream: Stream, order: Sequence[str] | None, seed: int) -> list[Tas
 def _limits(limit: int | Mapping[str, int] | None) -> dict[str, int]:
     if limit is None:
         return {}
-    limits: dict[str, int] = dict(limit) if isinstance(limit, Mapping) else {split: limit for split in _SPLITS}
+    limits: dict[str, int] = {**limit} if isinstance(limit, Mapping) else dict.fromkeys(_SPLITS, limit)
     for split, value in limits.items():
         if split not in _SPLITS:
             raise StreamError(f"limit.{split}: unknown split.", expected=suggest(str(split), _SPLITS))
@@ -118,7 +119,8 @@ def stratified(rows: Sequence[Row], size: int, rng: random.Random) -> list[int]:
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for position in range(len(rows)):
-        answers = reference_answers(rows[position])
+        row = _readable(rows, position)
+        answers = [] if row is None else reference_answers(row)
         groups[answers[0].strip().casefold() if answers else ""].append(position)
     order = list(groups)
     rng.shuffle(order)
@@ -163,12 +165,21 @@ def _image_groups(rows: Sequence[Row]) -> list[list[int]]:
 
     first: dict[str, int] = {}
     for position in range(len(rows)):
-        for reference in rows[position]["images"]:
+        row = _readable(rows, position)
+        for reference in () if row is None else row["images"]:
             parent[root(position)] = root(first.setdefault(image_key(reference), position))
     groups: dict[int, list[int]] = defaultdict(list)
     for position in range(len(rows)):
         groups[root(position)].append(position)
     return list(groups.values())
+
+
+def _readable(rows: Sequence[Row], position: int) -> Row | None:
+    """Returns the row, or `None` if it is broken: validation, which comes later, names all of those at once."""
+    try:
+        return rows[position]
+    except RowError:
+        return None
 
 
 def _select(rows: Sequence[Row], positions: Sequence[int]) -> Sequence[Row]:

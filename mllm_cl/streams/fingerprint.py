@@ -1,9 +1,9 @@
 """A hash of what a stream holds, for cache keys: cheap, and the same after the folder has been moved.
 
 What goes in: task names and their order; of every row the id, the messages and the accepted answers; of every image a
-path's last two parts and the file's size, or the hash of embedded bytes. What does not: pixels of image files (a picture
-replaced by another of exactly the same size in bytes goes unnoticed), further keys of the rows, metric and limits of a
-task. Cost: about 6 s per 100,000 rows with one image file each; embedded images are read once.
+path's last two parts and the file's size, or the hash of embedded bytes. What does not: pixels of image files (a
+picture replaced by another of exactly the same size in bytes goes unnoticed), further keys of the rows, metric and
+limits of a task. Cost: about 6 s per 100,000 rows with one image file each; embedded images are read once.
 """
 
 from __future__ import annotations

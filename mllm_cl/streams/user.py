@@ -103,7 +103,8 @@ def read_stream(path: str | Path, *, fingerprint: bool = True) -> Stream:
     file, content = read_stream_file(path)
     tasks = []
     for index, task in enumerate(content.tasks):
-        rows = {split: open_split(file, content, index, split) for split in SPLITS}
+        folder = image_folder_of(file, content, index)
+        rows = {split: open_split(file, content, index, split, folder) for split in SPLITS}
         tasks.append(
             Task(
                 name=task.name,
@@ -153,7 +154,26 @@ def read_stream_file(path: str | Path) -> tuple[Path, StreamFile]:
     return file, stream
 
 
-def open_split(file: Path, stream: StreamFile, index: int, split: Split) -> Rows | None:
+def image_folder_of(file: Path, stream: StreamFile, index: int) -> Path | None:
+    """Returns the image folder of one task, or `None` if it names none.
+
+    Raises:
+        StreamError: the folder does not exist.
+    """
+    name = stream.tasks[index].image_folder
+    if name is None:
+        return None
+    folder = file.parent / Path(name).expanduser()
+    if not folder.is_dir():
+        raise StreamError(
+            f"{file}, tasks[{index}].image_folder: the folder {str(folder)!r} does not exist.",
+            expected="a folder, relative to the stream file",
+            fix="correct the path, or remove the key when image paths are relative to the data file.",
+        )
+    return folder
+
+
+def open_split(file: Path, stream: StreamFile, index: int, split: Split, image_folder: Path | None) -> Rows | None:
     """Returns the rows of one split of one task, or `None` if the task has no such split.
 
     Raises:
@@ -163,18 +183,11 @@ def open_split(file: Path, stream: StreamFile, index: int, split: Split) -> Rows
     value = {"train": task.train, "validation": task.validation, "test": task.test}[split]
     if value is None:
         return None
-    folder = file.parent / Path(task.image_folder).expanduser() if task.image_folder is not None else None
-    if folder is not None and not folder.is_dir():
-        raise StreamError(
-            f"{file}, tasks[{index}].image_folder: the folder {str(folder)!r} does not exist.",
-            expected="a folder, relative to the stream file",
-            fix="correct the path, or remove the key when image paths are relative to the data file.",
-        )
     try:
         return read_rows(
             _locate(file, value),
             format=task.format,
-            image_folder=folder,
+            image_folder=image_folder,
             split=split,
             suffix=task.instruction_suffix,
             task=task.name,
@@ -234,14 +247,15 @@ def _explain(file: Path, error: ValidationError) -> StreamError:
     # A misspelt key also makes the right one missing: name the misspelling.
     first = next((item for item in details if item["type"] == "extra_forbidden"), details[0])
     location, kind = first["loc"], first["type"]
+    key = str(location[-1]) if len(location) else ""
     place = f"{file}, {_key_path(location)}"
     given = first["input"]
     if kind == "extra_forbidden":
         model = TaskFile if len(location) > 1 else StreamFile
-        return StreamError(f"{place}: unknown key.", expected=suggest(str(location[-1]), model.model_fields))
+        return StreamError(f"{place}: unknown key.", expected=suggest(key, model.model_fields))
     if kind == "missing":
-        fix = f"add `{location[-1]}:`."
-        if location[-1:] == ("test",):
+        fix = f"add `{key}:`."
+        if key == "test":
             fix = (
                 "add `test:`; without a test split nothing can be measured, so hold some rows out of the training file."
             )

@@ -11,7 +11,7 @@ from mllm_cl.data.rows import Row, Rows
 from mllm_cl.data.validate import ImageCheck, SplitReport, check_split
 from mllm_cl.errors import DataError, StreamError
 from mllm_cl.streams.stream import Stream
-from mllm_cl.streams.user import SPLITS, open_split, read_stream, read_stream_file
+from mllm_cl.streams.user import SPLITS, image_folder_of, open_split, read_stream, read_stream_file
 
 Progress = Callable[[str, int, int], None]
 
@@ -76,18 +76,22 @@ def validate_stream(
     report.name = content.name
     for index, entry in enumerate(content.tasks):
         splits: dict[str, Sequence[Row]] = {}
+        folder, check = None, images
+        try:
+            folder = image_folder_of(file, content, index)
+        except StreamError as error:
+            report.problems.append(_file_problem(str(file), error))
+            check = "none"  # every image would be missing
         for split in SPLITS:
             try:
-                rows = open_split(file, content, index, split)
+                rows = open_split(file, content, index, split, folder)
             except StreamError as error:
                 report.counts.setdefault(entry.name, {})[split] = 0
-                problem = _file_problem(str(file), error)
-                if problem not in report.problems:  # a wrong image_folder would be told once per split
-                    report.problems.append(problem)
+                report.problems.append(_file_problem(str(file), error))
                 continue
             if rows is not None:
                 splits[split] = rows
-        _check_task(report, entry.name, splits, images, progress, workers)
+        _check_task(report, entry.name, splits, check, progress, workers)
     return report
 
 
@@ -137,8 +141,6 @@ def _check_task(
     checked: dict[str, SplitReport] = {}
     for split, rows in splits.items():
         name = f"{task}/{split}"
-        if len(rows) == 0:
-            counts[split] = 0
         tell = None if progress is None else _named(progress, name)
         checked[split] = check_split(rows, split=split, name=name, images=images, progress=tell, workers=workers)
         counts[split] = checked[split].rows

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+
 from mllm_cl.evaluation.matrix import AccuracyMatrix, stage_name
 
 NASTY = "<script>alert('x')</script> | *bold* `code` <img src=x onerror=alert(1)> ✓ 日本語"
@@ -49,7 +50,10 @@ def write_fake_run(
     environment = {"seed": seed, "stream_fingerprint": "f00d", "versions": versions}
     (folder / "environment.json").write_text(json.dumps(environment), encoding="utf-8")
     matrix = AccuracyMatrix(
-        list(tasks), ["exact_match"] * len(tasks), general_names=list(general), run={"seed": seed, "recipe_sha256": "ab12"}
+        list(tasks),
+        ["exact_match"] * len(tasks),
+        general_names=list(general),
+        run={"seed": seed, "recipe_sha256": "ab12"},
     )
     ledger: list[dict[str, Any]] = [{"event": "started", "tasks": list(tasks)}]
     right: dict[str, np.ndarray] = {}
@@ -106,4 +110,4 @@ def _write_cell(folder: Path, task: str, stage: str, state: np.ndarray, score: f
 @pytest.fixture
 def fake_run(tmp_path: Path) -> Callable[..., Path]:
     """Returns `write_fake_run` with the folder's name as first argument."""
-    return lambda name="run", *args, **options: write_fake_run(tmp_path / name, *args, **options)
+    return lambda folder="run", /, **options: write_fake_run(tmp_path / folder, **options)

@@ -74,6 +74,9 @@ def test_2_rate_one_is_the_update_itself_and_rate_zero_is_nothing():
         assert consolidate(delta, "uniform", strength=1.0, match=match) is delta
         assert consolidate(delta, "uniform", strength=1.0, match=match, cap=1.0) is delta
         assert consolidate(delta, torch.ones_like, strength=1.0, match=match) is delta
+        for strength in np.linspace(0.05, 2, 40).tolist():
+            kept = consolidate(delta, "uniform", strength=strength, match=match)
+            assert torch.equal(kept.sigma, delta.sigma * strength), "to the bit"
         for rate in BY_SIGMA:
             nothing = consolidate(delta, rate, strength=0.0, match=match)
             assert nothing.rank == 0

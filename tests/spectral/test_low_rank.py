@@ -31,6 +31,8 @@ def check_invariants(delta: LowRankDelta) -> None:
     assert delta.sigma.dtype == torch.float64
     assert (delta.sigma > 0).all()
     assert (delta.sigma.diff() <= 0).all()
+    if delta.rank:
+        assert (delta.left.gather(0, delta.left.abs().argmax(0, keepdim=True)) > 0).all()
 
 
 @PROPERTY
@@ -76,15 +78,17 @@ def test_every_singular_value_is_right_up_to_condition_a_million(condition, dtyp
 
 
 def test_both_routes_of_the_code_are_used_and_agree():
-    # In float32 a well-conditioned update takes the route without Q; a graded one has to form Q.
+    # In float32 a well-conditioned update takes the route without Q; a graded one has to form Q to stay orthonormal.
     out, in_, rank = 40, 30, 4
-    for smallest in (1e-2, 1e-11):
+    for smallest in (1e-2, 1e-12):
         sigma = np.array([1.0, 0.5, 0.1, smallest])
-        lora_B = torch.tensor(orthonormal(out, rank, 0) * sigma)
-        lora_A = torch.tensor(orthonormal(in_, rank, 1).T)
+        mix = orthonormal(rank, rank, 2)
+        lora_B = torch.tensor(orthonormal(out, rank, 0) * sigma @ mix)
+        lora_A = torch.tensor(mix.T @ orthonormal(in_, rank, 1).T)
         single = LowRankDelta._from_factors(lora_B, lora_A.mT, torch.float32)
         double = LowRankDelta._from_factors(lora_B, lora_A.mT, torch.float64)
-        np.testing.assert_allclose(single.sigma.numpy(), sigma, rtol=1e-4)
+        check_invariants(single)
+        np.testing.assert_allclose(single.sigma.numpy(), sigma, rtol=1e-3)
         np.testing.assert_allclose(single.left.numpy(), double.left.numpy(), atol=1e-6)
         np.testing.assert_allclose(single.right.numpy(), double.right.numpy(), atol=1e-6)
 
@@ -96,8 +100,7 @@ def test_signs_and_bytes_are_deterministic():
         assert torch.equal(getattr(first, name), getattr(second, name))
     flipped = LowRankDelta.from_lora(-lora_A, -lora_B)
     assert torch.allclose(first.left, flipped.left, atol=1e-6)
-    peaks = first.left.gather(0, first.left.abs().argmax(0, keepdim=True))
-    assert (peaks > 0).all()
+    check_invariants(first)
 
 
 @pytest.mark.parametrize(("out", "in_", "rank"), [(1, 5, 3), (5, 1, 3), (1, 1, 1), (3, 4, 9)])

@@ -1,0 +1,112 @@
+"""Runs side by side: grouping over seeds, budgets that differ, tests on the same rows."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mllm_cl.errors import RunError
+from mllm_cl.evaluation.statistics import mean_and_std
+from mllm_cl.reporting import compare, comparison_table, read_run, write_comparison
+
+
+def final(folder):
+    return read_run(folder).matrix.derived()["mean_final_accuracy"].value
+
+
+def test_seeds_are_grouped(fake_run):
+    seeds = [fake_run(f"ft-{seed}", seed=seed, keep=0.7) for seed in range(3)]
+    other = fake_run("replay", methods=[{"replay": {"size": 10}}])
+    found = compare([*seeds, other])
+    assert [(row.label, row.seeds) for row in found.rows] == [("finetune", (0, 1, 2)), ("replay", (0,))]
+    expected = mean_and_std([final(folder) for folder in seeds])
+    assert found.rows[0].values["mean_final_accuracy"] == expected
+    table = comparison_table(found)
+    assert table[0][:3] == ["method", "seeds", "final accuracy"]
+    assert table[1][1] == "0, 1, 2"
+    assert table[1][2] == f"{expected.mean:.1f} ± {expected.std:.1f}"
+    assert "±" not in table[2][2]
+    assert len({len(row) for row in table}) == 1
+
+
+def test_other_settings_are_other_lines(fake_run):
+    slow = fake_run("slow", training={"learning_rate": 1e-4, "num_train_epochs": 1})
+    found = compare([fake_run("fast"), slow])
+    assert [row.label for row in found.rows] == ["finetune (fast)", "finetune (slow)"]
+    differences = {(d.kind, d.name): d.values for d in found.differences}
+    assert differences == {("setting", "training.learning_rate"): ("0.002", "0.0001")}
+
+
+def test_differences_of_budget_stream_and_versions(fake_run):
+    first, second = fake_run("a"), fake_run("b", seed=1, general=("pope",), rows=20, methods=[{"replay": {"size": 10}}])
+    environment = json.loads((second / "environment.json").read_text())
+    environment["stream_fingerprint"] = "beef"
+    environment["versions"]["torch"] = "2.12.0"
+    (second / "environment.json").write_text(json.dumps(environment))
+    ledger = (second / "ledger.jsonl").read_text().replace('"train_rows": 500', '"train_rows": 501')
+    (second / "ledger.jsonl").write_text(ledger)
+    found = {(d.kind, d.name): d.values for d in compare([first, second]).differences}
+    assert found["budget", "train rows"] == ("2000", "2004")
+    assert found["stream", "fingerprint"] == ("f00d", "beef")
+    assert found["stream", "test rows"] == ("60, 60, 60, 60", "20, 20, 20, 20")
+    assert found["stream", "general benchmarks"] == ("pope, science", "pope")
+    assert found["setting", "seed"] == ("0", "1")
+    assert found["setting", "methods"] == ("finetune", "replay")
+    assert found["setting", "methods.replay.size"] == ("not set", "10")
+    assert found["version", "torch"] == ("2.13.0", "2.12.0")
+    assert ("budget", "steps") not in found
+    assert ("setting", "output_dir") not in found
+
+
+def test_unfinished_runs_are_named_and_stand_alone(fake_run):
+    found = compare([fake_run("whole"), fake_run("part", finished=2)])
+    assert len(found.rows) == 2
+    assert found.rows[1].values["mean_final_accuracy"] is None
+    assert "part: 03-charts: not trained." in found.notes
+    assert comparison_table(found, ["mean_final_accuracy", "steps"])[2][2:] == ["not measured", "64"]
+
+
+def test_a_number_that_one_seed_lacks_is_said(fake_run):
+    first, second = fake_run("s0"), fake_run("s1", seed=1, drop_fields=("tokens",))
+    found = compare([first, second])
+    assert found.rows[0].values["tokens"].n == 1
+    assert "tokens: mean over 1 of 2 runs; s1 lack it." in found.notes
+
+
+def test_paired_tests_use_the_same_rows(fake_run):
+    good, bad = fake_run("good", keep=0.98), fake_run("bad", keep=0.5)
+    found = {test.task: test for test in compare([good, bad]).paired}
+    assert set(found) == {"plates", "menus", "charts", "signs"}
+    assert found["plates"].difference < -40
+    assert found["plates"].low <= found["plates"].difference <= found["plates"].high
+    assert found["plates"].p_value < 1e-4
+    assert found["signs"].p_value == 1  # the last task is the same in both
+    assert compare([good, fake_run("short", rows=20)]).paired == ()
+
+
+def test_files(fake_run, tmp_path):
+    runs = [fake_run(f"ft-{seed}", seed=seed) for seed in range(2)] + [
+        fake_run("<b>x</b>", methods=["uir"], name="<b>x</b>")
+    ]
+    path = write_comparison(runs, tmp_path / "out")
+    html, markdown = path.read_text(encoding="utf-8"), path.with_name("compare.md").read_text(encoding="utf-8")
+    assert "<b>x</b>" not in html
+    assert "&lt;b&gt;x&lt;/b&gt;" in html
+    assert "<script" not in html
+    for text in (html, markdown):
+        assert "mean ± standard deviation over seeds" in text
+        assert "methods" in text
+    assert "| method |" in markdown
+
+
+def test_runs_with_one_name_are_told_apart(fake_run):
+    found = compare([fake_run("a", name="same"), fake_run("b", name="same", seed=1)])
+    assert found.labels == ("a", "b")
+
+
+def test_nothing_to_compare(tmp_path):
+    with pytest.raises(RunError, match="no run"):
+        compare([])
+    with pytest.raises(RunError):
+        compare([tmp_path])
