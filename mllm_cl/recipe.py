@@ -266,5 +266,8 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
 
 
 def recipe_schema() -> dict[str, Any]:
-    """Returns the JSON schema of a recipe, for editors."""
-    return Recipe.model_json_schema()
+    """Returns the JSON schema of a recipe, for editors; a method is a name, or its name with options."""
+    schema = Recipe.model_json_schema()
+    entry = {"anyOf": [{"type": "string"}, {"type": "object", "minProperties": 1, "maxProperties": 1}]}
+    schema["properties"]["methods"] |= {"items": entry}
+    return schema

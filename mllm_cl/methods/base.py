@@ -22,6 +22,8 @@ from transformers import ProcessorMixin
 from mllm_cl.data.rows import Row
 from mllm_cl.streams import Stream, Task
 
+HOOKS = ("begin_task", "train_rows", "loss_terms", "after_step", "end_task", "route", "state_dict", "load_state_dict")
+
 AdapterPolicy = Literal["one", "stacked", "per_task"]
 ReferenceKind = Literal["base", "previous"]
 ShareOf = Literal["step", "tokens", "inquiry"]

@@ -234,12 +234,15 @@ class Run:
 
     def _check_ledger(self) -> None:
         """A run belongs to one stream and one base model."""
-        facts = {"stream": self.stream.fingerprint, "base": self.base, "processes": self.state.num_processes}
+        facts = {"stream_fingerprint": self.stream.fingerprint, "base_fingerprint": self.base, "tasks": self.tasks}
         started = self.ledger.find("started")
         if started is None:
             self.ledger.append("started", **facts)
             return
-        for name, what in (("stream", "the rows of the stream"), ("base", "the weights of the base model")):
+        for name, what in (
+            ("stream_fingerprint", "the rows of the stream"),
+            ("base_fingerprint", "the weights of the base model"),
+        ):
             if started[name] != facts[name]:
                 raise StreamError(
                     f"{self.folder.root}: {what} changed since this run was started.",

@@ -73,7 +73,7 @@ def _ink_on(rng: np.random.Generator, page: Image.Image, ink: str | None = None)
 
 def _digit_parity(rng: np.random.Generator, part: str) -> Example:
     index = choose(rng, digit_shares()[part])
-    page, mask = _page(rng), digit_mask(index, int(rng.integers(20, 28)))
+    page, mask = _page(rng), digit_mask(index, int(rng.integers(22, 28)))
     paint(page, mask, _ink_on(rng, page)[1], *place_at(rng, mask, (0.5, 0.5), 2.0))
     return page, {}, ("even", "odd")[int(digits()[1][index]) % 2], f"digit:{index}"
 
@@ -131,7 +131,7 @@ def _ink_list(rng: np.random.Generator, part: str) -> Example:
     page, height, sources = _page(rng), rng.uniform(0.2, 0.8), []
     for number, ink in enumerate(inks):
         index = choose(rng, digit_shares()[part])
-        size = int(rng.integers(12, 15) if len(inks) == 2 else rng.integers(20, 28))
+        size = int(rng.integers(12, 15) if len(inks) == 2 else rng.integers(22, 28))
         mask = digit_mask(index, size)
         place = (float(number), height) if len(inks) == 2 else (0.5, 0.5)
         paint(page, mask, _ink_on(rng, page, ink)[1], *place_at(rng, mask, place, 1.0))

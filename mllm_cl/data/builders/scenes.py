@@ -129,11 +129,11 @@ def _tone_for(rng: np.random.Generator, colours: Sequence[str]) -> str:
 def _single(rng: np.random.Generator, thing: str, name: str, mask: Callable[[int], Image.Image]) -> tuple[Image.Image, dict]:
     colour = choose(rng, tuple(COLOURS))
     tone = _tone_for(rng, [colour])
-    size = "big" if rng.random() < 0.65 else "small"
-    ink = mask(int(rng.integers(22, 28)) if size == "big" else int(rng.integers(9, 13)))
+    size = "big" if rng.random() < (0.5 if thing == "shape" else 0.75) else "small"
+    ink = mask(int(rng.integers(23, 28)) if size == "big" else int(rng.integers(9, 13)))
     place = "middle" if size == "big" else choose(rng, tuple(PLACES))
     canvas = background(rng, tone)
-    paint(canvas, ink, tinted(rng, COLOURS[colour]), *place_at(rng, ink, PLACES[place], 2.0))
+    paint(canvas, ink, tinted(rng, COLOURS[colour]), *place_at(rng, ink, PLACES[place], 1.5))
     return canvas, {"thing": thing, "name": name, "colour": colour, "size": size, "place": place, "background": tone}
 
 
@@ -210,11 +210,11 @@ def text_picture(rng: np.random.Generator, part: str) -> Picture:
 
 
 FAMILIES: dict[str, tuple[float, Callable[[np.random.Generator, str], Picture]]] = {
-    "digit": (0.23, digit_picture),
-    "letter": (0.17, letter_picture),
-    "shape": (0.13, shape_picture),
-    "several": (0.22, several_picture),
-    "photo": (0.17, photo_picture),
+    "digit": (0.27, digit_picture),
+    "letter": (0.21, letter_picture),
+    "shape": (0.09, shape_picture),
+    "several": (0.19, several_picture),
+    "photo": (0.16, photo_picture),
     "pair": (0.05, pair_picture),
     "text": (0.03, text_picture),
 }
