@@ -13,6 +13,9 @@ Memory is the peak of the process above its size before the first matrix, minus 
 there: what consolidation needs on top of the adapter itself. The dense comparison runs in a process of its own, with a
 time limit: float32 SVD of one square matrix, rates, and the product back; for sizes below 4096 the time is
 extrapolated with size^3 and marked so.
+
+Measure on idle cores: threads of the linear algebra library wait for each other, so that on busy cores two can take ten
+times longer than one. `--threads 1` and the CPU seconds are the figures that survive a busy machine.
 """
 
 from __future__ import annotations
@@ -70,21 +73,23 @@ def time_low_rank(layers: int, rank: int, dtype: torch.dtype) -> dict[str, float
     """Seconds for all matrices, and the memory this takes beyond the factors."""
     generator = torch.Generator().manual_seed(0)
     LowRankDelta.from_lora(torch.eye(2), torch.eye(2))  # loads the linear algebra library
-    before, layer_bytes, seconds = resident_bytes(), 0, 0.0
+    before, layer_bytes, seconds, cpu_seconds = resident_bytes(), 0, 0.0, 0.0
     for layer in range(layers):
         loras = {
             f"layers.{layer}.{name}": random_lora(*shape, rank, dtype, generator) for name, shape in SHAPES.items()
         }
         layer_bytes = sum(t.numel() * t.element_size() for pair in loras.values() for t in pair)
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         done = consolidate_many({name: LowRankDelta.from_lora(*pair) for name, pair in loras.items()})
         for name, delta in done.items():
             for old, new in zip(loras[name], delta.to_lora(rank=rank), strict=True):
                 old.copy_(new)
         seconds += time.perf_counter() - start
+        cpu_seconds += time.process_time() - cpu_start
     return {
         "matrices": layers * len(SHAPES),
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "adapter_mib": layers * layer_bytes / MIB,
         "extra_mib": (peak_bytes() - before - layer_bytes) / MIB,
     }
@@ -134,7 +139,7 @@ def time_dense(size: int, threads: int, limit: float) -> dict[str, float] | None
 def table(result: dict) -> str:
     """The figures as a markdown table."""
     low, dense, size = result["low_rank"], result["dense"], result["dense_size"]
-    name = f"{low['matrices']} matrices of a 7B LLaVA, rank {result['rank']}"
+    name = f"{low['matrices']} matrices of a 7B LLaVA, rank {result['rank']} ({low['cpu_seconds']:.1f} CPU seconds)"
     lines = ["| | seconds | MiB above the adapter |", "|---|---|---|"]
     lines.append(f"| {name} | {low['seconds']:.1f} | {low['extra_mib']:.0f} |")
     if size:

@@ -3,37 +3,54 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from mllm_cl.errors import RunError
 
 PARTIAL = ".partial"
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @contextlib.contextmanager
 def explained(place: Path | str) -> Iterator[None]:
-    """Turns an `OSError` inside into a `RunError` that says what to do.
+    """Turns a failed write inside into a `RunError` that says what to do.
 
     Raises:
         RunError: the disk is full, the folder is not writable, or the file system failed otherwise.
     """
     try:
         yield
-    except PermissionError as error:
-        raise RunError(f"{place}: not writable ({error}).", fix="choose another output_dir, or change its owner.") from error
-    except OSError as error:
-        if error.errno == 28:
+    except (OSError, SafetensorError) as error:
+        number = _errno(error)
+        if number in _FULL:
             raise RunError(
                 f"{place}: the disk is full.",
                 fix="free some space and start the same command again; what was completed is kept.",
             ) from error
+        if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise RunError(
+                f"{place}: not writable ({error}).", fix="choose another output_dir, or change its owner."
+            ) from error
         raise RunError(f"{place}: cannot be written ({error}).", fix="check the file system.") from error
+
+
+def _errno(error: Exception) -> int | None:
+    """The number of a failed system call; safetensors only writes it into its message."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found.group(1)) if found else None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -46,7 +63,7 @@ def write_text(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + PARTIAL)
         try:
-            with temporary.open("w", encoding="utf-8") as file:
+            with temporary.open("w", encoding="utf-8", newline="\n") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -70,19 +87,41 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     with explained(path):
         temporary = path.with_name(path.name + PARTIAL)
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
         temporary.mkdir(parents=True)
         try:
             yield temporary
-            for file in sorted(temporary.rglob("*")):
-                _sync(file)
-            if path.exists():
-                shutil.rmtree(path)
-            os.replace(temporary, path)
-            _sync(path.parent)
+            publish(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Makes a finished temporary folder `path`: whoever looks finds the old folder, none, or the whole new one."""
+    for part in [*temporary.rglob("*"), temporary]:
+        _sync(part)
+    old = path.with_name(f"{path.name}.old{PARTIAL}")
+    remove(old)
+    if path.exists():
+        os.replace(path, old)
+    os.replace(temporary, path)
+    _sync(path.parent)
+    remove(old)
+
+
+def remove(path: Path) -> None:
+    """Deletes a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Deletes what killed processes left half written below a folder."""
+    for path in sorted(folder.rglob(f"*{PARTIAL}"), reverse=True):
+        remove(path)
 
 
 def _sync(path: Path) -> None:

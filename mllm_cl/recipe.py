@@ -250,6 +250,8 @@ def _explain(place: str, error: ValidationError) -> tuple[str]:
             lines.append(f"  {where}: missing; add it")
         else:
             message = item["msg"].removeprefix("Value error, ")
+            if item["type"] == "string_pattern_mismatch":  # only `name` has a pattern
+                message = "must be without slashes and not empty"
             given = "" if isinstance(item["input"], (dict, list)) else f" (given: {item['input']!r})"
             lines.append(f"  {where}: {message}{given}")
     return ("\n".join(lines),)

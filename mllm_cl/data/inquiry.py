@@ -1,7 +1,8 @@
 """Inquiries: user turns without an answer, and the pools they come from.
 
-A pool is a sequence of unanswered rows. The built-in pool asks general questions about the general mixture's training images; a
-user's pool is a file with one inquiry per line (plain text), or rows in any format that `read_rows` reads (answers are dropped).
+A pool is a sequence of unanswered rows. The built-in pool asks general questions about the general mixture's training
+images; a user's pool is a file with one inquiry per line (plain text), or rows in any format that `read_rows` reads
+(answers are dropped).
 """
 
 from __future__ import annotations
@@ -59,12 +60,18 @@ def questions_of(rows: Sequence[Row], size: int, seed: int) -> list[str]:
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
     for index in order:
-        users = [message for message in rows[index]["messages"] if message["role"] == "user"]
-        if users:
-            texts.setdefault(message_text(users[-1]).strip())
+        text = question_of(rows[index])
+        if text:
+            texts.setdefault(text)
         if len(texts) == size:
             break
     return list(texts)
+
+
+def question_of(row: Row) -> str:
+    """Returns the text of the last user turn, images left out; empty when there is none."""
+    users = [message for message in row["messages"] if message["role"] == "user"]
+    return message_text(users[-1]).strip() if users else ""
 
 
 def ask(text: str, images: Sequence[Any], row_id: str) -> Row:

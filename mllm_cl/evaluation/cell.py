@@ -1,7 +1,8 @@
 """One cell of the matrix: the model of a stage answers the rows of a task, and the answers are scored.
 
-Answers are appended batch by batch, so an interrupted cell continues where it stopped; each process writes its own part, and the
-parts are merged by row id. A cell is keyed by everything that can change its answers: another key starts it anew.
+Answers are appended batch by batch, so an interrupted cell continues where it stopped; each process writes its own
+part, and the parts are merged by row id. A cell is keyed by everything that can change its answers: another key starts
+it anew.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,13 +81,21 @@ def evaluate_cell(
         advance: called with the number of rows after each batch.
 
     Raises:
-        EvaluationError: there are no rows, or a row does not fit into memory.
+        EvaluationError: there are no rows, two have the same id, or a row does not fit into memory.
         RunError: the folder cannot be written.
     """
     if not len(rows):
         raise EvaluationError(f"{task}: has no rows to evaluate.", fix="give it a test split.")
+    ids = [row["id"] for row in rows]
+    repeated = next((row_id for row_id, count in Counter(ids).items() if count > 1), None)
+    if repeated is not None:
+        raise EvaluationError(
+            f"{task}: several rows have the id {repeated!r}.",
+            expected="ids that are unique within a task, since answers are kept by id",
+            fix="give every row its own id.",
+        )
     state = PartialState()
-    finished = _read_result(folder, key)
+    finished = read_result(folder, key)
     state.wait_for_everyone()
     if finished is not None:
         advance(len(rows))
@@ -95,33 +105,35 @@ def evaluate_cell(
         _prepare(folder, key)
     state.wait_for_everyone()
     answers = _answered(folder)
+    state.wait_for_everyone()  # nobody writes while another still reads
     advance(len(answers))
     batches = plan_batches(token_counts(processor, rows), settings.rows_per_batch)
     mine = batches[state.process_index :: state.num_processes]
-    open_batches = [batch for batch in mine if any(rows[index]["id"] not in answers for index in batch)]
+    open_batches = [batch for batch in mine if any(ids[index] not in answers for index in batch)]
     part = folder / f"predictions.part{state.process_index}.jsonl"
     with explained(part), part.open("a", encoding="utf-8") as file:
         for batch, texts in generate_batches(model, processor, rows, open_batches, settings, route):
             for index, text in zip(batch, texts):
-                line = {"id": rows[index]["id"], "prediction": text}
+                line = {"id": ids[index], "prediction": text}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
-            advance(len(batch))
+            advance(sum(ids[index] not in answers for index in batch))
     state.wait_for_everyone()
     if state.is_main_process:
         _finish(folder, rows, stage, task, metric, key, time.perf_counter() - started)
     state.wait_for_everyone()
-    result = _read_result(folder, key)
+    result = read_result(folder, key)
     if result is None:
         raise EvaluationError(f"{folder}: the result is not visible to this process.", fix="use a shared file system.")
     return result
 
 
-def _read_result(folder: Path, key: str) -> CellResult | None:
+def read_result(folder: Path, key: str) -> CellResult | None:
+    """Returns the result of a cell that was completed under this key, or `None`."""
     try:
         content = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         result = CellResult(**{name: content[name] for name in CellResult.__dataclass_fields__})
-    except (OSError, ValueError, KeyError):  # not measured yet, or left by something else: measured (again) below
+    except (OSError, ValueError, KeyError, TypeError):  # not measured yet, or left by something else
         return None
     return result if result.key == key else None
 
@@ -143,17 +155,16 @@ def _prepare(folder: Path, key: str) -> None:
 
 def _lines(folder: Path) -> Iterator[Mapping[str, Any]]:
     for part in sorted(folder.glob("predictions.part*.jsonl")):
-        for line in part.read_text(encoding="utf-8").splitlines():
-            yield json.loads(line)
+        with part.open(encoding="utf-8", newline="\n") as file:  # answers may hold other separators, such as U+2028
+            for line in file:
+                yield json.loads(line)
 
 
 def _answered(folder: Path) -> dict[str, str]:
     return {line["id"]: line["prediction"] for line in _lines(folder)}
 
 
-def _finish(
-    folder: Path, rows: Sequence[Row], stage: str, task: str, metric: str, key: str, seconds: float
-) -> None:
+def _finish(folder: Path, rows: Sequence[Row], stage: str, task: str, metric: str, key: str, seconds: float) -> None:
     answers, scorer = _answered(folder), get_scorer(metric)
     lines, scores = [], []
     for row in rows:

@@ -1,25 +1,26 @@
 """Batched greedy generation: rows in, answers out.
 
-Rows are sorted by their total number of tokens (images count with what they expand to), padded on the left, and generated in
-batches; a batch that does not fit into memory is halved. The plan of batches depends on the rows and the batch size alone, so an
-interrupted evaluation continues with the same batches and the same answers, and several processes share the same plan.
+Rows are sorted by their total number of tokens (images count with what they expand to), padded on the left, and
+generated in batches; a batch that does not fit into memory is halved, and so are the later ones. The plan of batches
+depends on the rows and the batch size alone, so an interrupted evaluation continues with the same batches and the same
+answers, and several processes share the same plan.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
-from mllm_cl.data.collate import Collator
+from mllm_cl.data.collate import Collator, plain_text
 from mllm_cl.data.images import open_image
 from mllm_cl.data.rows import Row, inquiry_of, message_text
 from mllm_cl.errors import EvaluationError
@@ -93,18 +94,20 @@ def generate_batches(
     Raises:
         EvaluationError: a single row does not fit into memory.
     """
-    collator = Collator(processor, for_generation=True)
+    engine = _Engine(model, Collator(processor, for_generation=True), settings.max_new_tokens, route)
+    workers = settings.workers(sum(map(len, batches)))
     loader = DataLoader(
         [[rows[index] for index in batch] for batch in batches],  # type: ignore[arg-type]
         batch_size=None,
-        collate_fn=lambda chosen: (chosen, collator(chosen)),
-        num_workers=settings.workers(sum(map(len, batches))),
+        collate_fn=engine.collator.with_rows,
+        num_workers=workers,
+        worker_init_fn=_quiet_tokenizers if workers else None,
     )
     was_training = model.training
     model.eval()
     try:
         for batch, (chosen, inputs) in zip(batches, loader):
-            yield batch, _answer(model, collator, chosen, inputs, settings.max_new_tokens, route)
+            yield batch, engine.answer(chosen, inputs)
     finally:
         model.train(was_training)
 
@@ -127,34 +130,74 @@ def generate(
     return answers
 
 
-def _answer(
-    model: nn.Module,
-    collator: Collator,
-    rows: list[Row],
-    inputs: dict[str, Any],
-    max_new_tokens: int,
-    route: Route | None,
-) -> list[str]:
-    try:
-        return _routed(model, collator, rows, inputs, max_new_tokens, route)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        if len(rows) == 1:
-            raise EvaluationError(
-                f"row {rows[0]['id']}: one row alone does not fit into memory ({inputs['input_ids'].shape[1]} tokens).",
-                fix="use smaller images, fewer new tokens, a smaller dtype or a larger device.",
-            ) from error
-    logger.warning("out of memory with %d rows per batch; halving", len(rows))
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    half = (len(rows) + 1) // 2
-    parts = [rows[:half], rows[half:]]
-    return [
-        answer
-        for part in parts
-        for answer in _answer(model, collator, part, collator(part), max_new_tokens, route)
-    ]
+class _Engine:
+    """Answers batches; `limit` is the most rows that have not run out of memory so far."""
+
+    def __init__(
+        self, model: PreTrainedModel | PeftModel, collator: Collator, max_new_tokens: int, route: Route | None
+    ) -> None:
+        self.model, self.collator, self.route = model, collator, route
+        self.limit = sys.maxsize
+        self.device = next(model.parameters()).device
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        tokenizer = collator.processor.tokenizer
+        end = base.generation_config.eos_token_id if base.generation_config is not None else None
+        self.config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            eos_token_id=tokenizer.eos_token_id if end is None else end,
+            pad_token_id=tokenizer.pad_token_id,
+            # the neutral values: what a checkpoint says about sampling does not hold here, and would be warned about
+            temperature=1.0,
+            top_p=1.0,
+            top_k=50,
+        )
+
+    def answer(self, rows: list[Row], inputs: dict[str, Any]) -> list[str]:
+        if len(rows) <= self.limit:
+            try:
+                return self._routed(rows, inputs)
+            except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if len(rows) == 1:
+                    length = inputs["input_ids"].shape[1]
+                    raise EvaluationError(
+                        f"row {rows[0]['id']}: one row alone does not fit into memory ({length} tokens).",
+                        fix="use smaller images, fewer new tokens, a smaller dtype or a larger device.",
+                    ) from error
+            self.limit = (len(rows) + 1) // 2
+            logger.warning("out of memory with %d rows per batch; going on with %d", len(rows), self.limit)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        parts = [rows[start : start + self.limit] for start in range(0, len(rows), self.limit)]
+        return [text for part in parts for text in self.answer(part, self.collator(part))]
+
+    def _routed(self, rows: list[Row], inputs: dict[str, Any]) -> list[str]:
+        """Generates with every row's own adapters: rows that share a route share a forward pass."""
+        choices = self.route(rows) if self.route is not None else None
+        if choices is None:
+            return self._greedy(inputs)
+        groups: dict[tuple[tuple[str, float], ...], list[int]] = {}
+        for index, choice in enumerate(choices):
+            groups.setdefault(tuple(sorted(choice.items())), []).append(index)
+        answers = [""] * len(rows)
+        for weights, members in groups.items():
+            own = inputs if len(members) == len(rows) else self.collator([rows[index] for index in members])
+            with weighted(self.model, dict(weights)):  # type: ignore[arg-type]
+                texts = self._greedy(own)
+            for index, text in zip(members, texts):
+                answers[index] = text
+        return answers
+
+    @torch.no_grad()
+    def _greedy(self, inputs: dict[str, Any]) -> list[str]:
+        inputs = {name: value.to(self.device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+        tokens = self.model.generate(**inputs, generation_config=self.config)
+        new = tokens[:, inputs["input_ids"].shape[1] :]  # (batch, longest answer)
+        return [plain_text(text) for text in self.collator.processor.batch_decode(new, skip_special_tokens=True)]
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -164,42 +207,6 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
 
 
-def _routed(
-    model: nn.Module,
-    collator: Collator,
-    rows: list[Row],
-    inputs: dict[str, Any],
-    max_new_tokens: int,
-    route: Route | None,
-) -> list[str]:
-    """Generates with every row's own adapters: rows that share a route share a forward pass."""
-    choices = route(rows) if route is not None else None
-    if choices is None:
-        return _greedy(model, collator.processor, inputs, max_new_tokens)
-    groups: dict[tuple[tuple[str, float], ...], list[int]] = {}
-    for index, choice in enumerate(choices):
-        groups.setdefault(tuple(sorted(choice.items())), []).append(index)
-    answers = [""] * len(rows)
-    for weights, members in groups.items():
-        own = inputs if len(members) == len(rows) else collator([rows[index] for index in members])
-        with weighted(model, dict(weights)):  # type: ignore[arg-type]
-            texts = _greedy(model, collator.processor, own, max_new_tokens)
-        for index, text in zip(members, texts):
-            answers[index] = text
-    return answers
-
-
-@torch.no_grad()
-def _greedy(model: Any, processor: ProcessorMixin, inputs: dict[str, Any], max_new_tokens: int) -> list[str]:
-    device = next(model.parameters()).device
-    inputs = {name: value.to(device) if torch.is_tensor(value) else value for name, value in inputs.items()}
-    tokens = model.generate(
-        **inputs,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        pad_token_id=processor.tokenizer.pad_token_id,
-    )
-    new = tokens[:, inputs["input_ids"].shape[1] :]  # (batch, longest answer)
-    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
+def _quiet_tokenizers(worker: int) -> None:
+    """A forked process uses one thread per tokenizer; said here, it is not warned about."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -21,6 +21,7 @@ import numpy as np
 from mllm_cl.errors import EvaluationError, suggest
 from mllm_cl.evaluation.metrics import Array, Metric, average_accuracies, derive, general_ability_deltas
 from mllm_cl.evaluation.statistics import derived_standard_errors
+from mllm_cl.files import write_text
 
 SCHEMA_VERSION = 1
 BASE_STAGE = "0-base"
@@ -239,9 +240,10 @@ class AccuracyMatrix:
     def write(self, folder: str | os.PathLike[str]) -> Path:
         """Writes `matrix.json` and `matrix.csv` into `folder`, each atomically, and returns the path of the first."""
         folder = Path(folder)
-        write_text_atomically(folder / "matrix.csv", self.to_csv())
+        write_text(folder / "matrix.csv", self.to_csv())
         text = json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False)
-        return write_text_atomically(folder / "matrix.json", text + "\n")
+        write_text(folder / "matrix.json", text + "\n")
+        return folder / "matrix.json"
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> AccuracyMatrix:
@@ -332,23 +334,6 @@ class AccuracyMatrix:
             odd = [cell for row in cells for cell in row if cell is not None and not _is_number(cell)]
             if odd:
                 raise EvaluationError(f"a cell holds {odd[0]!r}.", expected="a finite number, or null")
-
-
-def write_text_atomically(path: str | os.PathLike[str], text: str) -> Path:
-    """Writes a file so that a reader, or a run killed meanwhile, finds the old or the new one, never a part of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path
 
 
 def _write(

@@ -1,8 +1,8 @@
 """The contract of a method: seven optional hooks and the small frozen context they are given.
 
-A method is a class in one file. Hooks return values and never mutate the trainer. A method declares what it `needs` from the
-runner, which launchers it `supports` and how it wants the `adapters`, so that an impossible recipe is refused before any
-weight is loaded.
+A method is a class in one file. Hooks return values and never mutate the trainer. A method declares what it `needs`
+from the runner, which launchers it `supports` and how it wants the `adapters`, so that an impossible recipe is refused
+before any weight is loaded.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Context:
             this task, without gradients and without dropout.
         generate: rows, longest answer -> greedy answers of the model as it is (or of the reference around the call).
         embed: rows -> (rows, features) float32 embedding by the untouched base.
-        calibration: number of rows, rows per batch -> collated training batches of this task, drawn with the stage's seed.
+        calibration: number of rows, rows per batch -> collated training batches of this task, drawn with the stage's
+            seed.
         collate: rows -> model inputs with labels, on the model's device.
         cost: what the method spends beyond a plain step (`inquiry_rows`, `extra_forward_passes`); goes into the ledger.
     """
@@ -78,7 +79,7 @@ class TrainBatch:
     Args:
         inputs: what the model's forward was given, with `labels`; (batch, length) for ids and labels.
         companions: rows that `train_rows` attached, by kind, each collated like `inputs` (plus `targets`).
-        counts: for each quantity this micro-batch's count divided by the count in the whole accumulated batch of all
+        shares: for each quantity this micro-batch's count divided by the count in the whole accumulated batch of all
             processes, times the number of processes (which average their gradients).
     """
 

@@ -3,8 +3,8 @@
 Idea: train on one task after another, do nothing about forgetting.
 Formula: θ_t = SFT(θ_{t−1}, D_t).
 Stored per task: nothing but the adapter. Cost per step: 1×.
-Two variants that papers mix up: `model.adapters: one` continues one adapter (default), `stacked` starts a fresh one for every
-task and adds it to the consolidated adapter.
+Two variants that papers mix up: `model.adapters: one` continues one adapter (default), `stacked` starts a fresh one for
+every task and adds it to the consolidated adapter.
 """
 
 from __future__ import annotations

@@ -1,19 +1,23 @@
 """inquiry_regularization: UIR, the second half of LLaVA-c.
 
-Idea: while learning a task, keep answering inquiries (user turns without answers) as a frozen reference would; no label is read.
-Formula: L = CE + weight · mean over inquiry rows of mean over positions of d(θ, reference), d = KL over the reference's top-k
-tokens (`target: logits`) or ‖n(h) − n(h_ref)‖²/D, n(h) = h/rms(h) (`target: hidden`).
-Inquiries: general ones are held to the untouched base, those of earlier tasks (question texts only, with images of the current
-task) to the previous stage. `rollout` lets the reference write its own first tokens, so that the term sees the answer's onset.
-Stored per task: up to `memory` question texts. Cost per step: the inquiry rows are further rows of the batch; reference targets
-are computed once per task. Reference: LLaVA-c (arXiv 2506.08666). Fidelity: label-free regularization on inquiries as far as the
-description is public; source, target, distance and weight are our choice and may differ from the authors'.
+Idea: while learning a task, keep answering inquiries (user turns without answers) as a frozen reference would; no label
+is read.
+Formula: L = CE + weight · mean over inquiry rows of mean over positions of d(θ, reference), d = KL over the reference's
+top-k tokens (`target: logits`) or ‖n(h) − n(h_ref)‖²/D, n(h) = h/rms(h) (`target: hidden`).
+Inquiries: general ones are held to the untouched base, those of earlier tasks (question texts only, with images of the
+current task) to the previous stage. `rollout` lets the reference write its own first tokens, so that the term sees the
+answer's onset.
+Stored per task: up to `memory` question texts. Cost per step: the inquiry rows are further rows of the batch; reference
+targets are computed once per task. Reference: LLaVA-c (arXiv 2506.08666). Fidelity: label-free regularization on
+inquiries as far as the description is public; source, target, distance and weight are our choice and may differ from
+the authors'.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -21,7 +25,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mllm_cl.data.collate import IGNORED
-from mllm_cl.data.inquiry import BUILT_IN, ask, attach, questions_of, read_pool
+from mllm_cl.data.inquiry import BUILT_IN, ask, attach, question_of, questions_of, read_pool
 from mllm_cl.data.rows import Row, assistant_message
 from mllm_cl.errors import MethodError, suggest
 from mllm_cl.methods._terms import normalised_distance, top_k_divergence, top_log_probabilities
@@ -73,6 +77,12 @@ class InquiryRegularization(Method):
             raise MethodError(
                 f"inquiry_regularization.preset: {preset!r} does not exist.", expected=suggest(preset, PRESETS)
             )
+        if pool != BUILT_IN and not Path(pool).exists():
+            raise MethodError(
+                f"inquiry_regularization.pool: there is no {pool!r}.",
+                expected=f"{BUILT_IN!r} (built in), a .txt file with one inquiry per line, or a file of rows",
+                fix="correct the path.",
+            )
         given = {"target": target, "rollout": rollout, "images": images, "memory": memory}
         settings = PRESETS[preset] | {name: value for name, value in given.items() if value is not None}
         self.target, self.rollout = settings["target"], settings["rollout"]
@@ -98,12 +108,12 @@ class InquiryRegularization(Method):
         inquiries = []
         for index in range(count):
             inquiry = pool[index % len(pool)]
-            own = self.images == "pool" or (self.images == "both" and index % 2 == 0)
-            if self.images == "none" or not (own and inquiry["images"]):
-                text = _question(inquiry)
-                pictures = [] if self.images == "none" else rows[rng.randrange(len(rows))]["images"]
-                inquiry = ask(text, pictures, f"inquiry/{index}")
-            inquiries.append(inquiry)
+            pictures = list(inquiry["images"])
+            if self.images == "task" or (self.images == "both" and (index % 2 or not pictures)):
+                pictures = rows[rng.randrange(len(rows))]["images"]
+            if self.images == "none":
+                pictures = []
+            inquiries.append(ask(question_of(inquiry), pictures, f"inquiry/{index}"))
         return inquiries
 
     def _remembered(self, rows: Sequence[Row], count: int, rng: random.Random) -> list[Row]:
@@ -141,7 +151,7 @@ class InquiryRegularization(Method):
         return model(**forward).logits[positions]
 
     def _positions(self, inputs: dict[str, Any]) -> Tensor:
-        """Where the distance is taken: at the positions that predict the rollout, or at all tokens when there is none."""
+        """Where the distance is taken: where the rollout is predicted, or at all tokens when there is none."""
         if not self.rollout:
             return inputs["attention_mask"].bool()
         predicting = torch.zeros_like(inputs["labels"], dtype=torch.bool)
@@ -176,9 +186,3 @@ class InquiryRegularization(Method):
 
     def load_state_dict(self, state: MethodState) -> None:
         self.memory = {task: list(texts) for task, texts in state.data["memory"].items()}
-
-
-def _question(row: Row) -> str:
-    """The text of the first user turn, whatever its images."""
-    content = row["messages"][0]["content"]
-    return content if isinstance(content, str) else "".join(b["text"] for b in content if b["type"] == "text")

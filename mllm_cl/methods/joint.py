@@ -2,8 +2,8 @@
 
 Idea: no sequence at all; the mixture of all tasks' training rows is learnt in one stage, the last.
 Formula: θ_T = SFT(θ_0, D_1 ∪ … ∪ D_T).
-Stored per task: nothing. Cost: the same number of steps as the whole sequence; the stages before the last are not trained, so
-their cells are not measured.
+Stored per task: nothing. Cost: the same number of steps as the whole sequence; the stages before the last are not
+trained, so their cells are not measured.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Idea: while learning task t, keep answering its inputs as the model of stage t�
 Formula: L = CE + strength · T² · mean over target positions of KL(p_{t−1}^{1/T} ‖ p_t^{1/T}).
 Stored per task: nothing (the previous stage is the frozen consolidated adapter, or one frozen copy of the adapter).
 Cost per step: one further forward pass without gradients, about 1.33×; nothing at the first task.
-Reference: Li and Hoiem 2016 (arXiv 1606.09282). TRACE's released LwF passes teacher and student the wrong way round and caches
-teacher logits by step number although rows are shuffled; here both come from the same batch.
+Reference: Li and Hoiem 2016 (arXiv 1606.09282). TRACE's released LwF passes teacher and student the wrong way round and
+caches teacher logits by step number although rows are shuffled; here both come from the same batch.
 """
 
 from __future__ import annotations

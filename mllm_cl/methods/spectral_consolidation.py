@@ -1,11 +1,12 @@
 """spectral_consolidation: SAC, the first half of LLaVA-c.
 
-Idea: what a task has learnt is an update with few strong and many weak directions; keep its singular vectors and scale the
-singular values before the update joins the consolidated adapter.
-Formula: D = U diag(σ) Vᵀ (the fresh adapter's exact update), W_t = W_{t−1} + U diag(c(σ) σ) Vᵀ; c ≡ strength is ModelMix.
+Idea: what a task has learnt is an update with few strong and many weak directions; keep its singular vectors and scale
+the singular values before the update joins the consolidated adapter.
+Formula: D = U diag(σ) Vᵀ (the fresh adapter's exact update), W_t = W_{t−1} + U diag(c(σ) σ) Vᵀ; c ≡ strength is
+ModelMix.
 Stored per task: nothing beyond the consolidated adapter. Cost per step: 1×; per task one small SVD per matrix.
-Reference: LLaVA-c (arXiv 2506.08666). Fidelity: follows the published description as far as it is public (spectral scaling of the
-per-task update); the rate function is our choice and may differ from the authors'.
+Reference: LLaVA-c (arXiv 2506.08666). Fidelity: follows the published description as far as it is public (spectral
+scaling of the per-task update); the rate function is our choice and may differ from the authors'.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from mllm_cl.errors import MethodError, SpectralError
 from mllm_cl.methods.base import Context, Method
 from mllm_cl.models.adapters import DEFAULT, TASK, adapter_deltas, write_update
 from mllm_cl.spectral import consolidate_many, strength_at
+from mllm_cl.spectral.rates import find_rate
 
 
 class SpectralConsolidation(Method):
@@ -49,6 +52,12 @@ class SpectralConsolidation(Method):
     ) -> None:
         self.rate, self.strength, self.match, self.schedule = rate, strength, match, schedule
         self.granularity, self.cap, self.rate_options = granularity, cap, dict(rate_options or {})
+        try:
+            find_rate(rate, dict(self.rate_options))
+        except SpectralError as error:
+            raise MethodError(
+                f"methods.spectral_consolidation: {error.given}", expected=error.expected, fix=error.fix
+            ) from error
 
     def end_task(self, ctx: Context) -> None:
         consolidated = consolidate_many(

@@ -2,11 +2,12 @@
 
 Idea: nothing that was learnt is ever touched again; the price is the choice at inference.
 Formula: ΔW(x) = ΔW_{k(x)}; oracle router: k = the task of the row; prototype router: k = argmax_t cos(φ(x), μ_t) with
-μ_t the mean embedding of task t's training inquiries under the untouched base. A sample that is further from its best prototype
-than `reject` standard deviations of that task's own rows goes to the untouched base.
-Stored per task: one adapter, one prototype (2 × hidden, float32) and two numbers. Cost per step: 1×; inference: one embedding pass.
-Reference: the prototype routing of HiDe-LLaVA (ACL 2025) and DISCO (ICCV 2025), whose released code averages gates over the
-batch or keeps prototype sums in bfloat16; here routing is per sample and float32.
+μ_t the mean embedding of task t's training inquiries under the untouched base. A sample that is further from its best
+prototype than `reject` standard deviations of that task's own rows goes to the untouched base.
+Stored per task: one adapter, one prototype (2 × hidden, float32) and two numbers. Cost per step: 1×; inference: one
+embedding pass.
+Reference: the prototype routing of HiDe-LLaVA (ACL 2025) and DISCO (ICCV 2025), whose released code averages gates over
+the batch or keeps prototype sums in bfloat16; here routing is per sample and float32.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from mllm_cl.methods.base import Context, Method, MethodState, RouteBatch
+from mllm_cl.models.adapters import task_adapter
+
+_ROUNDING = 1e-6  # of a similarity; a task of one row has deviation 0
 
 
 class TaskAdapters(Method):
@@ -58,11 +62,12 @@ class TaskAdapters(Method):
         prototype = normalize(embeddings.mean(dim=0), dim=0)
         own = cosine_similarity(embeddings, prototype.unsqueeze(0))
         self.prototypes[ctx.task.name] = prototype
-        self.similarity[ctx.task.name] = (own.mean().item(), own.std().item())
+        self.similarity[ctx.task.name] = (own.mean().item(), own.std(correction=0).item())
 
     def route(self, ctx: Context, batch: RouteBatch) -> list[dict[str, float]] | None:
         if self.router == "oracle":
-            return [{task: 1.0} if task in self.tasks else {} for task in batch.tasks]
+            known = set(self.tasks)
+            return [{task_adapter(task): 1.0} if task is not None and task in known else {} for task in batch.tasks]
         names = list(self.prototypes)
         if not names:
             return [{} for _ in batch.rows]
@@ -74,9 +79,9 @@ class TaskAdapters(Method):
 
     def _choice(self, name: str, similarity: float) -> dict[str, float]:
         mean, deviation = self.similarity[name]
-        if self.reject is not None and similarity < mean - self.reject * deviation:
+        if self.reject is not None and similarity < mean - self.reject * deviation - _ROUNDING:
             return {}
-        return {name: 1.0}
+        return {task_adapter(name): 1.0}
 
     def state_dict(self) -> MethodState:
         data = {"tasks": self.tasks, "similarity": {name: list(pair) for name, pair in self.similarity.items()}}

@@ -1,11 +1,11 @@
 """Names, creates, stacks, switches, saves and loads the adapters of one model. The base weights are never written.
 
-Three names exist: `default` is the deployable adapter (continued over all tasks, or what all tasks have been consolidated
-into), `task` the fresh adapter of the current task, `previous` a frozen copy of the last stage. Per-task adapters have the
-names of their tasks.
+Three names exist: `default` is the deployable adapter (continued over all tasks, or what all tasks have been
+consolidated into), `task` the fresh adapter of the current task, `previous` a frozen copy of the last stage. Per-task
+adapters are named after their tasks (`task_adapter`).
 
-Switching goes through `active`, not through PEFT's `set_adapter` or `disable_adapter`: those turn `requires_grad` of whatever
-they activate on, which would silently unfreeze the consolidated adapter in the middle of a training step.
+Switching goes through `active`, not through PEFT's `set_adapter` or `disable_adapter`: those turn `requires_grad` of
+whatever they activate on, which would silently unfreeze the consolidated adapter in the middle of a training step.
 """
 
 from __future__ import annotations
@@ -29,6 +29,18 @@ from mllm_cl.errors import ModelError
 from mllm_cl.spectral import LowRankDelta
 
 DEFAULT, TASK, PREVIOUS = "default", "task", "previous"
+_OF_TASK = "of-"
+
+
+def task_adapter(task: str) -> str:
+    """Returns the adapter name of a task: PEFT cannot use dots, and some words (`keys`, `lora_A`) mean something to
+    it."""
+    return _OF_TASK + task.replace(".", "+")
+
+
+def task_of_adapter(name: str) -> str | None:
+    """Inverse of `task_adapter`; `None` for adapters that belong to no single task."""
+    return name.removeprefix(_OF_TASK).replace("+", ".") if name.startswith(_OF_TASK) else None
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
@@ -44,8 +56,7 @@ def add_adapter(model: PreTrainedModel | PeftModel, name: str, config: LoraConfi
     A plain model is wrapped by PEFT first. Returns the `PeftModel`.
     """
     config = copy.deepcopy(config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with _seeded(model, seed):
         if isinstance(model, PeftModel):
             active = next(lora_layers(model))[1].active_adapters
             model.add_adapter(name, config)
@@ -55,6 +66,15 @@ def add_adapter(model: PreTrainedModel | PeftModel, name: str, config: LoraConfi
     set_active(model, active)
     set_trainable(model, [])
     return model
+
+
+@contextlib.contextmanager
+def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
+    """Within the context random numbers depend on `seed` alone; the global generators are left as they were."""
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
 
 
 def remove_adapter(model: PeftModel, name: str) -> None:
@@ -76,6 +96,7 @@ def set_active(model: PeftModel, names: Sequence[str]) -> None:
         layer._active_adapter = list(names)
         layer._disable_adapters = not names
     model.base_model.active_adapter = list(names)
+    model.active_adapter = names[0] if names else next(iter(model.peft_config), DEFAULT)
 
 
 def set_trainable(model: PeftModel, names: Sequence[str]) -> list[nn.Parameter]:
@@ -92,7 +113,16 @@ def set_trainable(model: PeftModel, names: Sequence[str]) -> list[nn.Parameter]:
 
 @contextlib.contextmanager
 def active(model: PeftModel, names: Sequence[str]) -> Iterator[None]:
-    """Within the context exactly these adapters are on (`()` is the untouched base); `requires_grad` is not touched."""
+    """Within the context exactly these adapters are on (`()` is the untouched base); `requires_grad` is not touched.
+
+    Raises:
+        ModelError: an adapter does not exist; PEFT would silently answer with the base instead.
+    """
+    for name in names:
+        if name not in model.peft_config:
+            raise ModelError(
+                f"adapter {name!r} does not exist.", expected=", ".join(model.peft_config) or "none exists"
+            )
     layers = [layer for _, layer in lora_layers(model)]
     before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
     for layer in layers:
@@ -111,11 +141,11 @@ def weighted(model: PeftModel, weights: Mapping[str, float]) -> Iterator[None]:
     layers = [layer for _, layer in lora_layers(model)]
     before = [dict(layer.scaling) for layer in layers]
     with active(model, names):
-        for layer in layers:
-            for name in names:
-                if name in layer.scaling:
-                    layer.scaling[name] *= weights[name]
         try:
+            for layer in layers:
+                for name in names:
+                    if name in layer.scaling:
+                        layer.scaling[name] *= weights[name]
             yield
         finally:
             for layer, scaling in zip(layers, before):
@@ -136,7 +166,7 @@ def adapter_deltas(model: PeftModel, name: str) -> dict[str, LowRankDelta]:
 
 def write_deltas(model: PeftModel, name: str, deltas: Mapping[str, LowRankDelta], rank: int) -> None:
     """Makes `name` the adapter with exactly these updates, all at `rank` (padded with zeros) and scaling 1."""
-    config = LoraConfig(**{**lora_settings(next(iter(model.peft_config.values()))), "r": rank, "lora_alpha": rank})
+    config = plain_config(next(iter(model.peft_config.values())), rank)
     current = [other for other in next(lora_layers(model))[1].active_adapters if other != name]
     if name in adapter_names(model):
         remove_adapter(model, name)
@@ -149,9 +179,18 @@ def write_deltas(model: PeftModel, name: str, deltas: Mapping[str, LowRankDelta]
     set_active(model, [*current, name])
 
 
-def lora_settings(config: Any) -> dict[str, Any]:
-    """Returns what an adapter of the same targets needs to say: a plain LoRA without special initialisation."""
-    return {"target_modules": config.target_modules, "lora_dropout": 0.0, "init_lora_weights": True}
+def plain_config(config: Any, rank: int) -> LoraConfig:
+    """Returns the configuration of a plain LoRA on the same modules: one rank, scaling 1, usual initialisation."""
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=0.0,
+        target_modules=config.target_modules,
+        exclude_modules=config.exclude_modules,
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
+        fan_in_fan_out=config.fan_in_fan_out,
+    )
 
 
 def adapter_state(model: PeftModel, name: str) -> dict[str, Tensor]:
@@ -215,7 +254,8 @@ def load_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str) ->
     try:
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         state = load_file(folder / "adapter_model.safetensors")
-        config = LoraConfig.from_pretrained(str(folder))
+        kind = settings.get("peft_type")
+        config = LoraConfig.from_pretrained(str(folder)) if kind == "LORA" else None
     except FileNotFoundError as error:
         raise ModelError(
             f"{folder}: not an adapter folder ({Path(error.filename or '').name} is missing).",
@@ -223,28 +263,32 @@ def load_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str) ->
         ) from error
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise ModelError(f"{folder}: the adapter cannot be read ({error}).", fix="save it again.") from error
-    if settings.get("peft_type") != "LORA" or not isinstance(config, LoraConfig):
-        raise ModelError(f"{folder}: holds a {settings.get('peft_type')} adapter.", expected="LORA")
+    if not isinstance(config, LoraConfig):
+        raise ModelError(f"{folder}: holds a {kind} adapter.", expected="LORA")
     if isinstance(model, PeftModel) and name in adapter_names(model):
         remove_adapter(model, name)
     try:
         model = add_adapter(model, name, config, seed=0)
-    except ValueError as error:
+    except ValueError as error:  # nothing was matched, so nothing was injected
         raise ModelError(
             f"{folder}: its target modules are not in this base model ({str(error).splitlines()[0]}).",
             expected="an adapter that was trained on the same base model",
             fix="give the base model it was trained on.",
         ) from error
-    load_adapter_state(model, name, state, str(folder))
+    try:
+        load_adapter_state(model, name, state, str(folder))
+    except ModelError:
+        remove_adapter(model, name)
+        raise
     return model
 
 
 def reset_adapter(model: PeftModel, name: str, seed: int) -> None:
     """Gives an adapter its initial weights again (zero update), in place, from `seed` alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    config = model.peft_config[name]
+    with _seeded(model, seed):
         for _, layer in lora_layers(model):
-            layer.reset_lora_parameters(name, True)
+            layer.reset_lora_parameters(name, config.init_lora_weights)  # type: ignore[union-attr]
 
 
 def adapter_parameters(model: PeftModel, name: str) -> dict[str, nn.Parameter]:

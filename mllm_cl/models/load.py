@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.utils import logging as transformers_logging
 
@@ -16,7 +17,7 @@ from mllm_cl.models.tiny import TINY_LLAVA, tiny_llava_folder
 if TYPE_CHECKING:
     from mllm_cl.recipe import ModelSection
 
-_SAMPLES_PER_TENSOR = 64
+_HASHED_WHOLE = 2**20
 
 
 def resolve_model(name_or_path: str) -> str:
@@ -93,21 +94,34 @@ def check_processor(processor: ProcessorMixin, name: str) -> None:
         )
 
 
-def base_fingerprint(model: PreTrainedModel) -> str:
-    """Identifies base weights: names, shapes and a few values of every tensor, adapters left out.
+def base_fingerprint(model: nn.Module) -> str:
+    """Identifies base weights: names, shapes and every value, adapters left out.
 
-    Values are read as float32 after rounding to bfloat16, so a checkpoint loaded in another dtype keeps its fingerprint.
+    Values are read after rounding to bfloat16, so a checkpoint loaded in another dtype keeps its fingerprint. Large
+    tensors enter with checksums that are computed where they lie (a sum, and a sum that depends on the places), small
+    ones whole.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if ".lora_" in name:
-            continue
-        name = name.replace(".base_layer.", ".").removeprefix("base_model.model.")
+    tensors = {
+        name.replace(".base_layer.", ".").removeprefix("base_model.model."): tensor
+        for name, tensor in model.state_dict().items()
+        if ".lora_" not in name
+    }
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        flat = tensor.detach().flatten()
-        positions = torch.linspace(0, max(flat.numel() - 1, 0), min(flat.numel(), _SAMPLES_PER_TENSOR)).long()
-        digest.update(flat[positions.to(flat.device)].cpu().to(torch.bfloat16).float().numpy().tobytes())
+        values = tensor.detach().flatten().to(torch.bfloat16).view(torch.int16)
+        if values.numel() > _HASHED_WHOLE:
+            values = torch.cat([_checksums(part) for part in values.split(_HASHED_WHOLE)])
+        digest.update(values.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _checksums(values: Tensor) -> Tensor:
+    """Two 64-bit sums of up to 2^20 16-bit numbers: (n,) -> (2,); any single change and any swap of two change the
+    second."""
+    values = values.long()
+    places = torch.arange(1, values.numel() + 1, device=values.device)
+    return torch.stack([values.sum(), (values * places).sum()])
 
 
 def _first_line(error: Exception) -> str:

@@ -46,7 +46,8 @@ def bridge_names(model: PreTrainedModel) -> list[str]:
         return []
     parent = decoder.rpartition(".")[0]
     prefix = f"{parent}." if parent else ""
-    names = [f"{prefix}{name}" for name, child in model.get_submodule(parent).named_children() if any(child.parameters())]
+    children = model.get_submodule(parent).named_children()
+    names = [f"{prefix}{name}" for name, child in children if next(child.parameters(), None) is not None]
     return [name for name in names if name not in (decoder, vision) and not vision.startswith(f"{name}.")]
 
 
@@ -76,9 +77,14 @@ def lora_targets(model: PreTrainedModel, *, bridge: bool = False, vision: bool =
     if vision:
         tower = vision_name(model)
         if tower is None:
-            raise ModelError(f"{type(model).__name__}: no vision tower was found.", fix="set `model.train_vision: false`.")
+            raise ModelError(
+                f"{type(model).__name__}: no vision tower was found.", fix="set `model.train_vision: false`."
+            )
         names += linear_names(model, tower)
     if not names:
         raise ModelError(f"{type(model).__name__}: its language part has no linear layer to put LoRA on.")
     patterns = sorted({re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name)) for name in names})
-    return "|".join(patterns)
+    pattern = "|".join(patterns)
+    if {name for name, _ in model.named_modules() if re.fullmatch(pattern, name)} == set(names):
+        return pattern
+    return "|".join(sorted(map(re.escape, names)))  # layers of different kinds have the same name: one by one

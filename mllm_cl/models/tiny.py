@@ -89,7 +89,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 640) -> PreTrainedTo
         eos_token=EOS,
         pad_token=PAD,
         unk_token=UNKNOWN,
-        extra_special_tokens={"image_token": IMAGE, "system_token": SYSTEM, "user_token": USER, "assistant_token": ASSISTANT},
+        extra_special_tokens={
+            "image_token": IMAGE,
+            "system_token": SYSTEM,
+            "user_token": USER,
+            "assistant_token": ASSISTANT,
+        },
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_max_length=1024,
@@ -182,6 +187,9 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlavaForConditionalGeneration(config)
+        embeddings = model.model.vision_tower.embeddings
+        torch.nn.init.normal_(embeddings.patch_embedding.weight, std=0.05)
+        torch.nn.init.normal_(embeddings.position_embedding.weight, std=0.3)
         for module in model.model.multi_modal_projector.modules():
             if isinstance(module, torch.nn.Linear):
                 torch.nn.init.normal_(module.weight, std=0.06)
@@ -190,7 +198,16 @@ def build_model(
     return model
 
 
-FIXTURE_TEXTS = ("What is this?", "Is this red?", "Which digit is this?", "yes", "no", "red", "blue", "a photo of a cat")
+FIXTURE_TEXTS = (
+    "What is this?",
+    "Is this red?",
+    "Which digit is this?",
+    "yes",
+    "no",
+    "red",
+    "blue",
+    "a photo of a cat",
+)
 
 
 def build_fixture(folder: str | os.PathLike[str], seed: int = 0) -> Path:

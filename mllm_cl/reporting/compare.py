@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mllm_cl.errors import RunError
-from mllm_cl.evaluation.matrix import write_text_atomically
+from mllm_cl.files import write_text
 from mllm_cl.evaluation.statistics import Spread, mean_and_std
 from mllm_cl.reporting import formatting
 from mllm_cl.reporting.paired import PairedTask, paired_tests
@@ -180,8 +180,9 @@ def write_comparison(run_folders: Sequence[str | os.PathLike[str]], out_dir: str
         "final": final_table(comparison),
         "several_seeds": any(len(row.runs) > 1 for row in comparison.rows),
     }
-    write_text_atomically(Path(out_dir) / "compare.md", render("compare.md.jinja", content))
-    return write_text_atomically(Path(out_dir) / "compare.html", render("compare.html.jinja", content))
+    write_text(Path(out_dir) / "compare.md", render("compare.md.jinja", content))
+    write_text(Path(out_dir) / "compare.html", render("compare.html.jinja", content))
+    return Path(out_dir) / "compare.html"
 
 
 def _describe(run: RunSummary) -> dict[str, dict[str, object]]:

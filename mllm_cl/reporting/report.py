@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from mllm_cl.evaluation.matrix import write_text_atomically
+from mllm_cl.files import write_text
 from mllm_cl.evaluation.metrics import DEFINITIONS
 from mllm_cl.reporting import formatting
 from mllm_cl.reporting.answers import find_changes
@@ -74,8 +74,9 @@ def write_report(run_folder: str | os.PathLike[str], *, baselines: Sequence[str 
     run, others = read_run(run_folder), [read_run(folder) for folder in baselines]
     content = report_content(run, others)
     content["figures"] = [path.name for path in write_figures(run)]
-    write_text_atomically(run.folder / "report.md", render("report.md.jinja", content))
-    return write_text_atomically(run.folder / "report.html", render("report.html.jinja", content))
+    write_text(run.folder / "report.md", render("report.md.jinja", content))
+    write_text(run.folder / "report.html", render("report.html.jinja", content))
+    return run.folder / "report.html"
 
 
 def report_content(run: RunSummary, others: Sequence[RunSummary] = ()) -> dict[str, Any]:

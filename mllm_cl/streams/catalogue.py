@@ -59,14 +59,14 @@ def stream_of_section(section: StreamSection) -> Stream:
     return arrange(read_stream(section.path or ""), **settings)
 
 
-def load_benchmark(name: str) -> Sequence[Row]:
-    """Returns the rows of a general benchmark.
+def load_benchmark(name: str, split: str = "test") -> Sequence[Row]:
+    """Returns the rows of a general benchmark: those to report (`test`) or those to choose settings on (`validation`).
 
     Raises:
         StreamError: there is no such benchmark.
     """
     try:
-        return find_builder(name, BENCHMARKS)()
+        return find_builder(name, BENCHMARKS)(split)
     except DataError as error:
         if name in BENCHMARKS:
             raise

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from mllm_cl.errors import RecipeError, suggest
+
+logger = logging.getLogger(__name__)
 
 # Used where the recipe is silent. LoRA learning rate, schedule, warm-up and weight decay: LLaVA-1.5's LoRA recipe.
 DEFAULTS: dict[str, Any] = {
@@ -96,13 +100,18 @@ def check_training(section: dict[str, Any]) -> None:
     training_arguments(section, Path("unused"), 0)
 
 
+def runs_on_cpu(section: dict[str, Any]) -> bool:
+    """True if the section says so, or if there is nothing else."""
+    return bool(section.get("use_cpu")) or not torch.accelerator.is_available()
+
+
 def training_arguments(section: dict[str, Any], folder: Path, seed: int) -> TrainingArguments:
     """Returns the arguments of one stage, defaults filled in.
 
     Raises:
         RecipeError: `TrainingArguments` refuses a value.
     """
-    settings = DEFAULTS | section
+    settings = DEFAULTS | section | {"use_cpu": runs_on_cpu(section)}
     for name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"):
         value = settings.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
@@ -123,3 +132,20 @@ def training_arguments(section: dict[str, Any], folder: Path, seed: int) -> Trai
         raise RecipeError(
             f"training: transformers refuses these arguments ({str(error).splitlines()[0]}).", fix="correct the section."
         ) from error
+
+
+def adapt_arguments(args: TrainingArguments) -> None:
+    """Sets what `ContinualTrainer` depends on, in place."""
+    if args.load_best_model_at_end:
+        raise RecipeError("load_best_model_at_end: a task ends with its last step.", fix="set it to False.")
+    args.remove_unused_columns = False  # the collator needs the rows as they are
+    args.label_names = ["labels"]
+    if args.ddp_find_unused_parameters is None:
+        args.ddp_find_unused_parameters = False  # the loss reaches every trained parameter
+    if args.ddp_broadcast_buffers is None:
+        args.ddp_broadcast_buffers = False  # no buffer is ever written
+    if args.device.type == "cpu":
+        args.dataloader_pin_memory = False
+    if args.n_gpu > 1:
+        logger.warning("%d GPUs are visible and one is used; start with torchrun or accelerate to use all.", args.n_gpu)
+        args._n_gpu = 1  # nn.DataParallel would see neither adapters nor companions

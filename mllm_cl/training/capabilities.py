@@ -8,10 +8,13 @@ from collections.abc import Sequence
 
 from peft import LoraConfig
 
-from mllm_cl.errors import MethodError, RecipeError, suggest
+from mllm_cl.data.builders import BENCHMARKS
+from mllm_cl.errors import EvaluationError, MethodError, RecipeError, StreamError, suggest
+from mllm_cl.evaluation.scorers import get_scorer
 from mllm_cl.methods import Method, adapter_policy, build_method
 from mllm_cl.methods.base import overrides
 from mllm_cl.recipe import MethodSpec, Recipe
+from mllm_cl.streams import Stream
 from mllm_cl.training.arguments import check_training
 
 ANCHORS = ("finetune", "joint", "single")
@@ -47,6 +50,37 @@ def build_methods(recipe: Recipe) -> list[Method]:
     check_lora(recipe.model.lora)
     check_training(recipe.training)
     return methods
+
+
+def check_stream(recipe: Recipe, stream: Stream) -> None:
+    """Refuses what the evaluation section asks of a stream that does not have it.
+
+    Raises:
+        StreamError: an unknown metric, or no rows in the split to be measured.
+        RecipeError: an unknown general benchmark.
+    """
+    for name in recipe.evaluation.general:
+        if name not in BENCHMARKS:
+            raise RecipeError(f"evaluation.general: {name!r} does not exist.", expected=suggest(name, BENCHMARKS))
+        if name in [task.name for task in stream]:
+            raise RecipeError(
+                f"evaluation.general: {name!r} is also the name of a task of {stream.name}.", fix="rename the task."
+            )
+    for task in stream:
+        try:
+            get_scorer(task.metric)
+        except EvaluationError as error:
+            raise StreamError(
+                f"{stream.name}, task {task.name}, metric: {error.given}",
+                expected=error.expected,
+                fix="correct `metric`.",
+            ) from error
+        if recipe.evaluation.split == "validation" and not len(task.validation):
+            raise StreamError(
+                f"{stream.name}, task {task.name}: has no validation rows, which evaluation.split asks for.",
+                expected="`validation:` rows in the stream file, or stream.validation_share in the recipe",
+                fix="set stream.validation_share=0.1, or measure the test split.",
+            )
 
 
 def _check_needs(methods: Sequence[Method], policy: str) -> None:

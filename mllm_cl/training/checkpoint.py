@@ -8,7 +8,6 @@ complete, and every number in it is restored exactly. Sharded launchers (DeepSpe
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 from collections.abc import Mapping
@@ -19,21 +18,18 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from mllm_cl.files import PARTIAL, explained
+from mllm_cl.errors import RunError
+from mllm_cl.files import PARTIAL, explained, publish, remove
 
 Tree = Any
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """Returns the newest complete checkpoint below `folder`; unfinished ones are deleted."""
-    if not folder.is_dir():
-        return None
-    for unfinished in folder.glob(f"*{PARTIAL}"):
-        shutil.rmtree(unfinished, ignore_errors=True)
-    found = get_last_checkpoint(str(folder))
-    return Path(found) if found else None
+def last_checkpoint(folder: Path) -> str | None:
+    """Returns the newest complete checkpoint below `folder`."""
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
 
 
 def pack(tree: Tree, tensors: dict[str, Tensor], name: str = "root") -> Tree:
@@ -46,6 +42,8 @@ def pack(tree: Tree, tensors: dict[str, Tensor], name: str = "root") -> Tree:
     if isinstance(tree, (list, tuple)):
         kind = "list" if isinstance(tree, list) else "tuple"
         return {kind: [pack(value, tensors, f"{name}/{index}") for index, value in enumerate(tree)]}
+    if isinstance(tree, np.generic):
+        return tree.item()
     if tree is None or isinstance(tree, (bool, int, float, str)):
         return tree
     raise TypeError(f"{name}: a checkpoint cannot hold {type(tree).__name__}")
@@ -82,7 +80,7 @@ def random_states() -> dict[str, Any]:
     kind, keys, position, has_gauss, cached = np.random.get_state()
     states: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
         "torch": torch.random.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -100,10 +98,10 @@ def restore_random_states(states: Mapping[str, Any]) -> None:
         torch.cuda.random.set_rng_state_all(states["cuda"])
 
 
-class CheckpointMixin:
-    """Replaces how a `Trainer` writes and reads checkpoints under the plain and DDP launchers.
+class CheckpointedTrainer(Trainer):
+    """A `Trainer` that writes and reads checkpoints like this under the plain and DDP launchers.
 
-    The host says what the model and the methods put in: `write_model(folder)` and `read_model(folder)`.
+    The subclass says what model and methods put in: `write_model(folder)` and `read_model(folder)`.
     """
 
     def write_model(self, folder: Path) -> None:
@@ -112,53 +110,69 @@ class CheckpointMixin:
     def read_model(self, folder: Path) -> None:
         raise NotImplementedError
 
+    @property
     def _is_sharded(self) -> bool:
-        return self.is_deepspeed_enabled or self.is_fsdp_enabled  # type: ignore[attr-defined]
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        if self._is_sharded():
-            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        if self._is_sharded:
+            super()._save_checkpoint(model, trial)
             return
-        root = Path(self._get_output_dir(trial=trial))  # type: ignore[attr-defined]
-        final = root / f"checkpoint-{self.state.global_step}"  # type: ignore[attr-defined]
+        root = Path(self._get_output_dir(trial=trial))
+        final = root / f"checkpoint-{self.state.global_step}"
         partial = final.with_name(final.name + PARTIAL)
-        writes = self.args.should_save  # type: ignore[attr-defined]
+        self.store_flos()
         with explained(final):
-            if writes:
+            try:
+                self._write_checkpoint(partial)
+                if self.args.should_save:
+                    publish(partial, final)
+            except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-            self.accelerator.wait_for_everyone()  # type: ignore[attr-defined]
-            save_tree(partial, f"random-{self.args.process_index}", random_states())  # type: ignore[attr-defined]
-            if writes:
-                self.store_flos()  # type: ignore[attr-defined]
-                self.write_model(partial)
-                save_tree(partial, "optimizer", self.optimizer.state_dict())  # type: ignore[attr-defined]
-                save_tree(partial, "scheduler", self.lr_scheduler.state_dict())  # type: ignore[attr-defined]
-                self.state.save_to_json(str(partial / "trainer_state.json"))  # type: ignore[attr-defined]
-            self.accelerator.wait_for_everyone()  # type: ignore[attr-defined]
-            if writes:
-                shutil.rmtree(final, ignore_errors=True)
-                os.replace(partial, final)
-                limit = self.args.save_total_limit  # type: ignore[attr-defined]
-                rotate_checkpoints(output_dir=str(root), save_total_limit=limit, use_mtime=False)
+                raise
+            if self.args.should_save:
+                rotate_checkpoints(str(root), self.args.save_total_limit, use_mtime=False)
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        """Every process its random states, the main process the rest; complete when all return."""
+        if self.args.should_save:
+            remove(folder)
+            folder.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        save_tree(folder, f"random-{self.args.process_index}", random_states())
+        if self.args.should_save:
+            self.write_model(folder)
+            for name, part in self._training_parts().items():
+                save_tree(folder, name, part.state_dict())
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+        self.accelerator.wait_for_everyone()
+
+    def _training_parts(self) -> dict[str, Any]:
+        parts = {"optimizer": self.optimizer, "scheduler": self.lr_scheduler, "scaler": self.accelerator.scaler}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self._is_sharded():
-            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+        if self._is_sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self.read_model(Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self._is_sharded():
-            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        if checkpoint is None or self._is_sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
             return
-        self.optimizer.load_state_dict(load_tree(Path(checkpoint), "optimizer"))  # type: ignore[attr-defined]
-        self.lr_scheduler.load_state_dict(load_tree(Path(checkpoint), "scheduler"))  # type: ignore[attr-defined]
+        for name, part in self._training_parts().items():
+            part.load_state_dict(load_tree(Path(checkpoint), name))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is None or self._is_sharded():
-            super()._load_rng_state(checkpoint)  # type: ignore[misc]
+        if checkpoint is None or self._is_sharded:
+            super()._load_rng_state(checkpoint)
             return
-        name = f"random-{self.args.process_index}"  # type: ignore[attr-defined]
-        if (Path(checkpoint) / f"{name}.json").exists():
-            restore_random_states(load_tree(Path(checkpoint), name))
+        try:
+            states = load_tree(Path(checkpoint), f"random-{self.args.process_index}")
+        except FileNotFoundError as error:
+            raise RunError(
+                f"{checkpoint}: was written by fewer processes than there are now.",
+                fix="continue with as many processes as before.",
+            ) from error
+        restore_random_states(states)

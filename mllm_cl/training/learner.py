@@ -11,6 +11,7 @@ Three adapter policies, one life cycle:
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from mllm_cl.models import adapters
 from mllm_cl.models.embedding import embed_inputs
 from mllm_cl.models.parts import lora_targets
 from mllm_cl.streams import Stream, Task
+from mllm_cl.training.seeds import derived_seed
 from mllm_cl.training.states import load_states, save_states
 
 logger = logging.getLogger(__name__)
@@ -75,13 +77,21 @@ class Learner:
                 )
             self.lora, self.model = config, model
         else:
-            self.lora = lora if lora is not None else LoraConfig(r=8, lora_alpha=16)
+            self.lora = copy.deepcopy(lora) if lora is not None else LoraConfig(r=8, lora_alpha=16)
             if self.lora.target_modules is None:
                 self.lora.target_modules = lora_targets(model, bridge=bridge, vision=vision)
             model.config.use_cache = True
-            self.model = adapters.add_adapter(model, adapters.DEFAULT, self.lora, seed)
+            try:
+                self.model = adapters.add_adapter(model, adapters.DEFAULT, self.lora, derived_seed(seed, "adapter"))
+            except ValueError as error:  # PEFT found nothing to put an adapter on
+                raise ModelError(
+                    f"model.lora: no adapter can be put on this model ({str(error).splitlines()[0]}).",
+                    expected="target_modules that the model has; the language part when not given",
+                    fix="correct or remove model.lora.target_modules.",
+                ) from error
         self.max_rank = max_rank or 4 * self.lora.r
         self.truncation_error = 0.0
+        self._seen: list[Task] = []
         self.model.get_base_model()._mllm_cl_learner = self  # found again by `Learner.of` in a user's own loop
         self._deploy()
 
@@ -91,9 +101,16 @@ class Learner:
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         return base.__dict__.get("_mllm_cl_learner")
 
-    @property
-    def trained_adapter(self) -> dict[AdapterPolicy, str]:
-        return {"one": adapters.DEFAULT, "stacked": adapters.TASK}
+    def remember(self, task: Task) -> Stream:
+        """Returns the stream of the tasks so far, for a loop that does not know the whole stream."""
+        self._seen[self.stage :] = [task]
+        return Stream("own loop", tuple(self._seen))
+
+    def trained_name(self, task: Task) -> str:
+        """Name of the adapter that learns a task."""
+        if self.policy == "per_task":
+            return adapters.task_adapter(task.name)
+        return adapters.DEFAULT if self.policy == "one" else adapters.TASK
 
     def needs(self, what: str) -> bool:
         """True if one of the methods declares this need."""
@@ -103,14 +120,14 @@ class Learner:
         """Prepares adapters and methods for a task; afterwards exactly the task's parameters are trainable."""
         index = self.stage + 1
         ctx = self._context(task, stream, index, accelerator)
-        trained = task.name if self.policy == "per_task" else self.trained_adapter[self.policy]
+        trained = self.trained_name(task)
         if self.policy == "one":
             if self.needs("previous"):
                 adapters.copy_adapter(self.model, adapters.DEFAULT, adapters.PREVIOUS)
         else:
             if trained in adapters.adapter_names(self.model):
                 adapters.remove_adapter(self.model, trained)
-            adapters.add_adapter(self.model, trained, self.lora, self.seed * 1000 + index)
+            adapters.add_adapter(self.model, trained, self.lora, derived_seed(self.seed, "adapter", index))
         adapters.set_active(self.model, [adapters.DEFAULT, trained] if self.policy == "stacked" else [trained])
         for method in self.methods:
             method.begin_task(ctx)
@@ -137,7 +154,8 @@ class Learner:
         """default <- default + task, exactly, at the smallest uniform rank up to `max_rank`."""
         past = adapters.adapter_deltas(self.model, adapters.DEFAULT)
         fresh = adapters.adapter_deltas(self.model, adapters.TASK)
-        rank = min(self.max_rank, self.model.peft_config[adapters.DEFAULT].r * (self.stage > 0) + self.lora.r)
+        ranks = [max(update.rank for update in updates.values()) for updates in (past, fresh)]
+        rank = max(1, min(self.max_rank, sum(ranks)))
         folded, errors = {}, [0.0]
         for name, update in fresh.items():
             folded[name], error = (past[name] + update).truncate(rank=rank)
@@ -184,8 +202,9 @@ class Learner:
             adapters.save_adapter(self.model, adapters.DEFAULT, folder)
             return
         for name in adapters.adapter_names(self.model):
-            if name != adapters.DEFAULT:
-                adapters.save_adapter(self.model, name, folder / name)
+            task = adapters.task_of_adapter(name)
+            if task is not None:
+                adapters.save_adapter(self.model, name, folder / task)
 
     def save_states(self, folder: Path) -> None:
         """Writes the state of the methods."""
@@ -195,7 +214,7 @@ class Learner:
         """Restores the learner as it was at the end of a stage."""
         if self.policy == "per_task":
             for folder in sorted(path for path in adapter_folder.iterdir() if path.is_dir()):
-                adapters.load_adapter(self.model, folder, folder.name)
+                adapters.load_adapter(self.model, folder, adapters.task_adapter(folder.name))
         else:
             adapters.load_adapter(self.model, adapter_folder, adapters.DEFAULT)
         load_states(method_folder, self.methods)
@@ -210,10 +229,11 @@ class Learner:
         return self._context(task, stream, self.stage, accelerator)
 
     def _context(self, task: Task, stream: Stream, index: int, accelerator: Accelerator) -> Context:
-        rng = torch.Generator().manual_seed((self.seed * 1_000_003 + index * 7919) % 2**63)
+        rng = torch.Generator().manual_seed(derived_seed(self.seed, "methods", index))
 
         def calibration(count: int, batch_size: int) -> Iterator[dict[str, Any]]:
-            order = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(self.seed + index))
+            drawn = torch.Generator().manual_seed(derived_seed(self.seed, "calibration", index))
+            order = torch.randperm(len(task.train), generator=drawn)
             chosen = order[:count].tolist()
             for start in range(0, len(chosen), batch_size):
                 yield self._collate([task.train[position] for position in chosen[start : start + batch_size]])

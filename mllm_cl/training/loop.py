@@ -1,12 +1,13 @@
 """The protocol: teach one task after another and measure what is kept. Read this file first.
 
 `run_stream` is one visible loop. Everything it completes is written down in the ledger before the next thing starts, so the same
-command after a kill continues: finished stages are loaded, an unfinished one resumes from its last checkpoint, finished cells
-are read from disk.
+command after a kill continues: finished stages and cells are read from disk when they are needed, an unfinished stage resumes
+from its last checkpoint, an unfinished cell after its last batch.
 """
 
 from __future__ import annotations
 
+import gc
 import resource
 import shutil
 import sys
@@ -16,26 +17,28 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-
+from transformers import PrinterCallback
 
 from mllm_cl.data.rows import Row
-from mllm_cl.errors import StreamError
-from mllm_cl.evaluation.cell import CellResult, cell_key, evaluate_cell
+from mllm_cl.errors import RunError, StreamError
+from mllm_cl.evaluation.cell import CellResult, cell_key, evaluate_cell, read_result
 from mllm_cl.evaluation.engine import GenerationSettings
 from mllm_cl.evaluation.matrix import AccuracyMatrix, stage_name
-from mllm_cl.files import folder_bytes, folder_sha256, new_folder
+from mllm_cl.files import explained, folder_bytes, folder_sha256, new_folder, remove, remove_unfinished
 from mllm_cl.methods import Method
 from mllm_cl.models.load import base_fingerprint, load_from_section
 from mllm_cl.recipe import Recipe
 from mllm_cl.streams import Stream, Task, load_benchmark, stream_of_section
+from mllm_cl.streams.fingerprint import digest_rows
 from mllm_cl.streams.validate import ensure_valid
-from mllm_cl.training.arguments import training_arguments
-from mllm_cl.training.capabilities import build_methods, check_lora
+from mllm_cl.training.arguments import runs_on_cpu, training_arguments
+from mllm_cl.training.capabilities import build_methods, check_lora, check_stream
 from mllm_cl.training.checkpoint import last_checkpoint
 from mllm_cl.training.learner import Learner
 from mllm_cl.training.ledger import Ledger
 from mllm_cl.training.progress import Progress, Silent, StepProgress
-from mllm_cl.training.run_folder import RunFolder, environment, open_run
+from mllm_cl.training.run_folder import RunFolder, environment, find_run, start_run
+from mllm_cl.training.seeds import derived_seed
 from mllm_cl.training.trainer import ContinualTrainer
 
 
@@ -52,10 +55,13 @@ def run_stream(recipe: Recipe, progress: Progress | None = None) -> RunFolder:
     Raises:
         MllmClError: the recipe, the stream, the model or the folder cannot be used.
     """
+    progress = progress or Silent()
     methods = build_methods(recipe)
-    stream = stream_of_section(recipe.stream)
-    ensure_valid(stream)
-    run = Run(recipe, stream, methods, progress or Silent())
+    with progress.waiting("reading the rows"):
+        stream = stream_of_section(recipe.stream)
+        check_stream(recipe, stream)
+        ensure_valid(stream)
+    run = Run(recipe, stream, methods, progress)
 
     run.measure(stage=0)
     for stage, task in enumerate(stream, start=1):
@@ -71,18 +77,18 @@ class Run:
 
     def __init__(self, recipe: Recipe, stream: Stream, methods: Sequence[Method], progress: Progress) -> None:
         self.recipe, self.stream, self.progress = recipe, stream, progress
-        self.state = PartialState(cpu=not torch.cuda.is_available())
+        self.state = PartialState(cpu=runs_on_cpu(recipe.training))
+        self.tasks = [task.name for task in stream]
         general = {name: load_benchmark(name) for name in recipe.evaluation.general}
         self.general = {name: _limited(rows, recipe) for name, rows in general.items()}
-        self.tasks = [task.name for task in stream]
-        self.folder = open_run(recipe, writable=self.state.is_main_process)
-        self.state.wait_for_everyone()
+        self.folder = find_run(recipe)  # all processes check before one of them writes
         self.ledger = Ledger(self.folder.ledger, writable=self.state.is_main_process)
-        self.state.wait_for_everyone()
+        self._check_ledger("stream_fingerprint", stream.fingerprint, "the rows of the stream")
         with progress.waiting("loading the model"):
             model, self.processor = load_from_section(recipe.model)
         self.base = base_fingerprint(model)
-        self._check_ledger()
+        self._check_ledger("base_fingerprint", self.base, "the weights of the base model")
+        self._check_processes()
         section = recipe.model
         self.learner = Learner(
             model,
@@ -102,32 +108,36 @@ class Run:
             general_names=list(self.general),
             run={"name": recipe.name, "methods": [method.name for method in methods], **environment(recipe)},
         )
-        self._restore()
+        self._start()
 
     # one task --------------------------------------------------------------------------------------------------------
 
     def learn(self, stage: int, task: Task) -> None:
         """Trains a task and writes its stage, unless the ledger says that this has been done."""
-        if stage <= self.learner.stage:
+        if self._trained(stage):
             return
-        folder = self.folder.stage(self._name(stage))
-        seed = (self.recipe.seed * 1_000_003 + stage) % 2**32
-        args = training_arguments(self.recipe.training, folder / "checkpoints", seed)
-        trainer = ContinualTrainer(args=args, task=task, stream=self.stream, learner=self.learner)
-        trained = trainer.rows > 0
-        facts: dict[str, Any] = {"trainable_parameters": self.learner.parameters(), "train_rows": trainer.rows}
-        started = time.perf_counter()
-        if trained:
-            with self.progress.bar(f"{self._name(stage)}: training", trainer.rows) as advance:
-                trainer.add_callback(StepProgress(advance, args, trainer.rows))
-                checkpoint = last_checkpoint(folder / "checkpoints")
-                self.state.wait_for_everyone()
-                output = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            facts |= {"steps": output.global_step, "train_loss": output.training_loss}
-        else:
-            self.learner.end_task(trainer.ctx)
+        self._stand_at(stage - 1)
+        name, started = self._name(stage), time.perf_counter()
+        checkpoints = self.folder.stage(name) / "checkpoints"
+        with explained(checkpoints):
+            checkpoints.mkdir(parents=True, exist_ok=True)
+        args = training_arguments(self.recipe.training, checkpoints, derived_seed(self.recipe.seed, "training", stage))
+        with self.progress.waiting(f"{name}: preparing"):
+            trainer = ContinualTrainer(args=args, task=task, stream=self.stream, learner=self.learner)
+        trainer.remove_callback(PrinterCallback)  # prints dictionaries between the progress bars
+        facts: dict[str, Any] = {
+            "trained": trainer.rows > 0,
+            "trainable_parameters": self.learner.parameters(),
+            "train_rows": trainer.rows,
+        }
+        checkpoint = last_checkpoint(checkpoints)
+        with self.progress.bar(f"{name}: training", trainer.rows) as advance:
+            trainer.add_callback(StepProgress(advance, trainer.rows))
+            output = trainer.train(resume_from_checkpoint=checkpoint)
         facts |= {
-            "trained": trained,
+            "steps": output.global_step,
+            "resumed_at_step": int(checkpoint.rpartition("-")[2]) if checkpoint else 0,
+            "train_loss": output.training_loss,
             "seconds": round(time.perf_counter() - started, 3),
             "peak_memory_mib": peak_memory_mib(),
             "truncation_error": self.learner.truncation_error,
@@ -135,13 +145,18 @@ class Run:
             **trainer.ctx.cost,
         }
         del trainer
+        gc.collect()  # a trainer is part of reference cycles; its optimizer and DDP wrapper must not outlive the task
+        self._write_stage(stage, task, facts)
+
+    def _write_stage(self, stage: int, task: Task, facts: dict[str, Any]) -> None:
+        folder = self.folder.stage(self._name(stage))
         if self.state.is_main_process:
             with new_folder(folder / "adapter") as place:
                 self.learner.save_adapters(place)
             with new_folder(folder / "method") as place:
                 self.learner.save_states(place)
-            facts["stored_bytes"] = folder_bytes(folder / "adapter") + folder_bytes(folder / "method")
         self.state.wait_for_everyone()
+        facts["stored_bytes"] = folder_bytes(folder / "adapter") + folder_bytes(folder / "method")
         sha256 = folder_sha256(folder / "adapter")
         self.ledger.append("stage_trained", stage=stage, task=task.name, adapter_sha256=sha256, **facts)
         if self.state.is_main_process:
@@ -151,19 +166,21 @@ class Run:
 
     def measure(self, stage: int) -> None:
         """Measures the tasks that this stage's row asks for, and the general benchmarks."""
-        entry = self.ledger.find("stage_trained", stage=stage) if stage else {"adapter_sha256": "base", "trained": True}
+        entry = self._trained(stage) if stage else {"adapter_sha256": "base", "trained": True}
         if entry is None or not entry["trained"] or (stage == 0 and not self.recipe.evaluation.stage_zero):
             return
+        weights, split = entry["adapter_sha256"], self.recipe.evaluation.split
         for name in self._measured_tasks(stage):
             task = self.stream[name]
-            rows = task.test if self.recipe.evaluation.split == "test" else task.validation
-            result = self._cell(stage, name, rows, task.metric, task.max_new_tokens, entry["adapter_sha256"], name)
+            rows = task.test if split == "test" else task.validation
+            rows_key = f"{self.stream.fingerprint}/{split}/{name}"
+            result = self._cell(stage, name, rows, rows_key, task.metric, task.max_new_tokens, weights, name)
             self.matrix.set(stage, name, result.score, result.stderr, result.n)
         for name, rows in self.general.items():
-            result = self._cell(stage, name, rows, "exact_match", None, entry["adapter_sha256"], None)
+            rows_key = f"{digest_rows(rows)}/{name}"
+            result = self._cell(stage, name, rows, rows_key, "exact_match", None, weights, None)
             self.matrix.set_general(stage, name, result.score, result.stderr, result.n)
-        if self.state.is_main_process:
-            self.matrix.write(self.folder.root)
+        self._write_matrix()
 
     def _measured_tasks(self, stage: int) -> list[str]:
         if stage == 0 or self.recipe.evaluation.tasks == "all":
@@ -177,6 +194,7 @@ class Run:
         stage: int,
         name: str,
         rows: Sequence[Row],
+        rows_key: str,
         metric: str,
         max_new_tokens: int | None,
         weights: str,
@@ -188,13 +206,14 @@ class Run:
             batch_size=section.batch_size,
             num_workers=section.num_workers,
         )
-        rows_key = f"{self.stream.fingerprint}/{section.split}/{name}/{len(rows)}"
         key = cell_key(self.processor, rows_key, f"{self.base}/{weights}", metric, settings)
         folder = self.folder.cell(self._name(stage), name)
         route = None
-        if self.learner.routes():
-            current = self.stream[max(stage, 1) - 1]
-            route = self.learner.router(self.learner.context(current, self.stream, Accelerator()), task)
+        if read_result(folder, key) is None:
+            self._stand_at(stage)
+            if self.learner.routes():
+                current = self.stream[max(stage, 1) - 1]
+                route = self.learner.router(self.learner.context(current, self.stream, Accelerator()), task)
         with self.progress.bar(f"{self._name(stage)}: evaluating {name}", len(rows)) as advance:
             result = evaluate_cell(
                 self.learner.model,
@@ -210,44 +229,70 @@ class Run:
                 advance=advance,
             )
         if self.ledger.find("cell", stage=stage, task=name, key=key) is None:
-            self.ledger.append(
-                "cell", stage=stage, task=name, score=result.score, n=result.n, seconds=result.seconds, key=key
-            )
+            facts = {"score": result.score, "n": result.n, "seconds": result.seconds}
+            self.ledger.append("cell", stage=stage, task=name, **facts, key=key)
         return result
 
     def complete(self) -> None:
         """Writes the matrix a last time and marks the run as complete."""
-        if self.state.is_main_process:
-            self.matrix.write(self.folder.root)
+        self._write_matrix()
         if self.ledger.find("run_complete") is None:
             self.ledger.append("run_complete", peak_memory_mib=peak_memory_mib())
 
+    def _write_matrix(self) -> None:
+        if self.state.is_main_process:
+            self.matrix.write(self.folder.root)
+
     # continuing --------------------------------------------------------------------------------------------------------
 
-    def _restore(self) -> None:
-        """Loads the last stage that the ledger says is complete. Stages after it are done again."""
-        done = [entry["stage"] for entry in self.ledger.entries if entry["event"] == "stage_trained"]
-        if done:
-            stage = max(done)
-            folder = self.folder.stage(self._name(stage))
-            self.learner.load_stage(folder / "adapter", folder / "method", stage)
-
-    def _check_ledger(self) -> None:
+    def _check_ledger(self, key: str, value: str, what: str) -> None:
         """A run belongs to one stream and one base model."""
-        facts = {"stream_fingerprint": self.stream.fingerprint, "base_fingerprint": self.base, "tasks": self.tasks}
         started = self.ledger.find("started")
-        if started is None:
-            self.ledger.append("started", **facts)
+        if started is not None and started[key] != value:
+            raise StreamError(
+                f"{self.folder.root}: {what} changed since this run was started.",
+                fix="restore them, or start a new run in another output_dir.",
+            )
+
+    def _check_processes(self) -> None:
+        """The global batch grows with the processes, so what is left to train must be trained by as many as before."""
+        started, now = self.ledger.find("started"), self.state.num_processes
+        if started is not None and started["processes"] != now and not self._trained(len(self.tasks)):
+            raise RunError(
+                f"{self.folder.root}: was started with {started['processes']} process(es), now there are {now}.",
+                expected="the same number: the global batch, and with it the result, depends on it",
+                fix="continue with as many processes, or start a new run in another output_dir.",
+            )
+
+    def _start(self) -> None:
+        """The first thing that writes: recipe, environment, ledger; what a killed process left half done is removed."""
+        if self.state.is_main_process:
+            start_run(self.folder, self.recipe)
+            with explained(self.folder.root):
+                remove_unfinished(self.folder.root)
+                for stage in range(1, len(self.tasks) + 1):
+                    if self._trained(stage):
+                        remove(self.folder.stage(self._name(stage)) / "checkpoints")
+        self.state.wait_for_everyone()
+        if self.ledger.find("started") is None:
+            facts = {"stream_fingerprint": self.stream.fingerprint, "base_fingerprint": self.base, "tasks": self.tasks}
+            self.ledger.append("started", **facts, processes=self.state.num_processes)
+
+    def _trained(self, stage: int) -> dict[str, Any] | None:
+        return self.ledger.find("stage_trained", stage=stage)
+
+    def _stand_at(self, stage: int) -> None:
+        """Makes the learner what it was at the end of a stage; stages are only ever gone through forwards."""
+        if self.learner.stage == stage:
             return
-        for name, what in (
-            ("stream_fingerprint", "the rows of the stream"),
-            ("base_fingerprint", "the weights of the base model"),
-        ):
-            if started[name] != facts[name]:
-                raise StreamError(
-                    f"{self.folder.root}: {what} changed since this run was started.",
-                    fix="restore them, or start a new run in another output_dir.",
-                )
+        folder, entry = self.folder.stage(self._name(stage)), self._trained(stage)
+        if entry is None or not folder.is_dir() or folder_sha256(folder / "adapter") != entry["adapter_sha256"]:
+            raise RunError(
+                f"{folder / 'adapter'}: is not what the ledger says this stage has learnt.",
+                expected="the adapter as it was saved",
+                fix="restore the folder, or start a new run in another output_dir.",
+            )
+        self.learner.load_stage(folder / "adapter", folder / "method", stage)
 
     def _name(self, stage: int) -> str:
         return stage_name(stage, self.tasks)

@@ -35,7 +35,7 @@ class Silent:
 class StepProgress(TrainerCallback):
     """Advances a bar of `rows` rows with the optimizer steps, wherever training (re)starts."""
 
-    def __init__(self, advance: Callable[[int], None], args: TrainingArguments, rows: int) -> None:
+    def __init__(self, advance: Callable[[int], None], rows: int) -> None:
         self.advance, self.rows, self.shown = advance, rows, 0
 
     def _show(self, state: TrainerState) -> None:

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from mllm_cl.errors import RunError
-from mllm_cl.files import write_json, write_text
+from mllm_cl.files import PARTIAL, write_json, write_text
 from mllm_cl.recipe import Recipe
 
 PACKAGES = ("mllm_cl", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "pillow")
@@ -36,15 +36,11 @@ class RunFolder:
         return self.root / "evaluation" / stage / measured
 
 
-def open_run(recipe: Recipe, *, writable: bool) -> RunFolder:
-    """Creates the folder of a run, or checks that the one that exists belongs to the same recipe.
-
-    Args:
-        recipe: the resolved recipe.
-        writable: whether this process writes (the main one does).
+def find_run(recipe: Recipe) -> RunFolder:
+    """Returns the folder of a run, new or to be continued; writes nothing.
 
     Raises:
-        RunError: the folder holds something else, another recipe's run, or cannot be written.
+        RunError: the folder holds something else or another recipe's run.
     """
     folder = RunFolder(recipe.output_dir)
     if folder.recipe.exists():
@@ -52,14 +48,23 @@ def open_run(recipe: Recipe, *, writable: bool) -> RunFolder:
         return folder
     if folder.root.exists() and not folder.root.is_dir():
         raise RunError(f"{folder.root}: is a file.", expected="a folder for the run", fix="change output_dir.")
-    if folder.root.exists() and any(path.name != "recipe.yaml.partial" for path in folder.root.iterdir()):
+    if folder.root.exists() and any(path.name != folder.recipe.name + PARTIAL for path in folder.root.iterdir()):
         raise RunError(
             f"{folder.root}: is not empty and not a run.", expected="a new folder", fix="change output_dir or empty it."
         )
-    if writable:
-        write_json(folder.environment, environment(recipe))
-        write_text(folder.recipe, recipe.to_yaml())
     return folder
+
+
+def start_run(folder: RunFolder, recipe: Recipe) -> None:
+    """Writes the recipe and the environment, unless they are there.
+
+    Raises:
+        RunError: the folder cannot be written.
+    """
+    if not folder.recipe.exists():  # first of all: this file makes the folder a run
+        write_text(folder.recipe, recipe.to_yaml())
+    if not folder.environment.exists():
+        write_json(folder.environment, environment(recipe))
 
 
 def _check_same(folder: RunFolder, recipe: Recipe) -> None:

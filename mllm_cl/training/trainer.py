@@ -8,29 +8,34 @@ comes scaled with `batch.share(...)`, so neither gradient accumulation nor the n
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import TrainOutput
 
 from mllm_cl.data.collate import COMPANIONS, IGNORED, Collator
 from mllm_cl.data.rows import Row, Rows
+from mllm_cl.errors import DataError, ModelError, RunError
 from mllm_cl.methods import Context, Method, TrainBatch
 from mllm_cl.methods.base import overrides
 from mllm_cl.methods.inquiry_regularization import InquiryRegularization
 from mllm_cl.methods.spectral_consolidation import SpectralConsolidation
 from mllm_cl.models import adapters
 from mllm_cl.streams import Stream, Task
-from mllm_cl.training.checkpoint import CheckpointMixin
+from mllm_cl.training.arguments import adapt_arguments
+from mllm_cl.training.checkpoint import CheckpointedTrainer, load_tree, save_tree
 from mllm_cl.training.learner import Learner
 from mllm_cl.training.states import load_states, save_states
 
 
-class ContinualTrainer(CheckpointMixin, Trainer):
+class ContinualTrainer(CheckpointedTrainer):
     """Trains one task with the learner's methods.
 
     Args:
@@ -45,6 +50,10 @@ class ContinualTrainer(CheckpointMixin, Trainer):
         peft_config (`LoraConfig`, *optional*): used when a learner is created for a base model.
 
     Further keyword arguments go to `Trainer`.
+
+    Raises:
+        ModelError: `model` or `processing_class` is missing.
+        DataError: there are no rows to train on.
     """
 
     def __init__(
@@ -62,17 +71,13 @@ class ContinualTrainer(CheckpointMixin, Trainer):
         **kwargs: Any,
     ) -> None:
         args = args or TrainingArguments("trainer_output")
-        if learner is None:
-            if model is None or processing_class is None:
-                raise ValueError("ContinualTrainer needs `model` and `processing_class`, or a `learner`")
-            learner = Learner.of(model)
-        if learner is None:
-            given = self.default_methods() if methods is None else methods
-            learner = Learner(model, processing_class, given, peft_config, seed=args.seed)  # type: ignore[arg-type]
+        adapt_arguments(args)
+        learner = learner or self._learner_of(model, processing_class, methods, peft_config, args.seed)
         if task is None:
-            task = Task(name=f"task-{learner.stage + 1}", train=train_dataset or (), test=())
-        args.remove_unused_columns = False
-        args.label_names = ["labels"]
+            task = Task(name=f"task-{learner.stage + 1}", train=() if train_dataset is None else train_dataset, test=())
+        given = task.train if train_dataset is None else train_dataset
+        if not len(given):
+            raise DataError(f"{task.name}: has no rows to train on.", fix="give `train_dataset`.")
         self.learner = learner
         self._term_sums: dict[str, Tensor] = {}
         self._term_count = 0
@@ -85,25 +90,52 @@ class ContinualTrainer(CheckpointMixin, Trainer):
             data_collator=Collator(learner.processor),
             **kwargs,
         )
-        history = learner.model.get_base_model().__dict__.setdefault("_mllm_cl_tasks", [])
-        history[learner.stage :] = [task]
-        self.ctx: Context = learner.begin_task(task, stream or Stream("own loop", tuple(history)), self.accelerator)
-        rows = learner.train_rows(self.ctx, task.train if train_dataset is None else train_dataset)
+        stream = stream or learner.remember(task)
+        self.ctx: Context = learner.begin_task(task, stream, self.accelerator)
+        rows = learner.train_rows(self.ctx, given)
         self.rows = len(rows)
         whole = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
         self.train_dataset = whole_batches(rows, whole)  # type: ignore[assignment]
         self._term_methods = [method for method in learner.methods if overrides(method, "loss_terms")]
+        self._trained = [parameter for parameter in learner.model.parameters() if parameter.requires_grad]
         stepping = [method for method in learner.methods if overrides(method, "after_step")]
         if stepping:
             self.add_callback(_AfterStep(stepping, self.ctx))
+
+    def _learner_of(
+        self,
+        model: PreTrainedModel | PeftModel | None,
+        processor: ProcessorMixin | None,
+        methods: Sequence[Method] | None,
+        peft_config: LoraConfig | None,
+        seed: int,
+    ) -> Learner:
+        """The learner that the model got from the trainer of an earlier task, or a new one."""
+        if model is None or processor is None:
+            missing = "model" if model is None else "processing_class"
+            raise ModelError(
+                f"{type(self).__name__}: `{missing}` is missing.",
+                expected="`model` (the same object for every task) and `processing_class` (its processor)",
+            )
+        known = Learner.of(model)
+        return known or Learner(model, processor, self.default_methods() if methods is None else methods, peft_config, seed=seed)
 
     def default_methods(self) -> Sequence[Method]:
         """Methods of a learner that the trainer has to create itself."""
         return ()
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Trains, then lets the methods finish the task (consolidation, memories, prototypes)."""
-        output = super().train(*args, **kwargs)
+        if self.learner.stage != self.ctx.index - 1:
+            raise RunError(
+                f"{self.ctx.task.name}: the model has gone on since this trainer was made.",
+                expected="one trainer per task, trained once",
+                fix="make a new trainer.",
+            )
+        with _given_back(self.learner.model):
+            output = super().train(*args, **kwargs) if self.rows else TrainOutput(0, 0.0, {})
+        self.model_wrapped = self.model
+        set_seed(self.args.seed)  # the end of a task does not depend on where training was resumed
         self.learner.end_task(self.ctx)
         return output
 
@@ -126,6 +158,9 @@ class ContinualTrainer(CheckpointMixin, Trainer):
                 for name, term in method.loss_terms(self.ctx, model, batch, outputs).items():
                     loss = loss + term.to(loss.device)
                     self._term_sums[name] = self._term_sums.get(name, 0.0) + term.detach()
+        if model.training and self.accelerator.num_processes > 1:
+            # DDP waits for every trained parameter, also for those that this process's rows do not reach (no image, no inquiry)
+            loss = loss + 0.0 * torch.stack([parameter.sum() for parameter in self._trained]).sum()
         return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(
@@ -152,27 +187,35 @@ class ContinualTrainer(CheckpointMixin, Trainer):
         return shares
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._term_sums and "loss" in logs:
-            steps = max(self._term_count, 1)
-            logs |= {f"cl/{name}": round(float(total) / steps, 6) for name, total in self._term_sums.items()}
+        if self._term_methods and "loss" in logs:
+            own = {name: float(total) / max(self._term_count, 1) for name, total in self._term_sums.items()}
+            everyone = gather_object([own])
+            for name in sorted({name for terms in everyone for name in terms}):
+                logs[f"cl/{name}"] = round(sum(terms.get(name, 0.0) for terms in everyone) / len(everyone), 6)
             self._term_sums, self._term_count = {}, 0
         super().log(logs, start_time)
 
-    # checkpoints: the trained adapter and the methods ------------------------------------------------------------------
+    # checkpoints: the trained adapter, the methods, and what the context has used up --------------------------------------
 
     def write_model(self, folder: Path) -> None:
-        for name in self._trained_names():
-            adapters.save_adapter(self.learner.model, name, folder / name)
+        name = self.learner.trained_name(self.ctx.task)
+        adapters.save_adapter(self.learner.model, name, folder / "adapter")
         save_states(folder / "method", self.learner.methods)
+        used = {"task": self.ctx.task.name, "rng": self.ctx.rng.get_state(), "cost": dict(self.ctx.cost)}
+        save_tree(folder, "context", used)
 
     def read_model(self, folder: Path) -> None:
-        for name in self._trained_names():
-            state = adapters.read_state(folder / name)
-            adapters.load_adapter_state(self.learner.model, name, state, str(folder))
+        name, used = self.learner.trained_name(self.ctx.task), load_tree(folder, "context")
+        if used["task"] != self.ctx.task.name:
+            raise RunError(
+                f"{folder}: is a checkpoint of {used['task']}, not of {self.ctx.task.name}.",
+                fix="give every task an output_dir of its own.",
+            )
+        adapters.load_adapter_state(self.learner.model, name, adapters.read_state(folder / "adapter"), str(folder))
         load_states(folder / "method", self.learner.methods)
-
-    def _trained_names(self) -> list[str]:
-        return [self.learner.trained_adapter.get(self.learner.policy, self.ctx.task.name)]
+        self.ctx.rng.set_state(used["rng"])
+        self.ctx.cost.clear()
+        self.ctx.cost.update(used["cost"])
 
 
 class LlavaCTrainer(ContinualTrainer):
@@ -197,6 +240,20 @@ class _AfterStep(TrainerCallback):
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         for method in self.methods:
             method.after_step(self.ctx)
+
+
+@contextlib.contextmanager
+def _given_back(model: PeftModel) -> Iterator[None]:
+    """Undoes what accelerate does to the model inside: an autocast around `forward`, which would stay for the evaluation (but not
+    in a run that is continued there), and a mark that keeps the accelerator of the next task from doing it again."""
+    names = ("forward", "_original_forward", "_is_accelerate_prepared")
+    before = {name: vars(model)[name] for name in names if name in vars(model)}
+    try:
+        yield
+    finally:
+        for name in names:
+            vars(model).pop(name, None)
+        vars(model).update(before)
 
 
 def whole_batches(rows: Sequence[Row], batch: int) -> Rows:

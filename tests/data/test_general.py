@@ -42,7 +42,11 @@ def overlaps(one: str, other: str) -> bool:
 
 @pytest.fixture(scope="module")
 def splits():
-    return {"train": general_rows("train", size=1500), "validation": general_rows("validation"), "test": general_rows("test")}
+    return {
+        "train": general_rows("train", size=1500),
+        "validation": general_rows("validation"),
+        "test": general_rows("test"),
+    }
 
 
 def test_the_benchmark_is_balanced_over_at_least_twelve_kinds_and_all_formats(splits):

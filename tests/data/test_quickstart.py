@@ -113,7 +113,9 @@ def test_the_stream_is_deterministic_and_fast(tasks):
     again = build()
     assert time.process_time() - started < 8
     for task, other in zip(tasks, again):
-        assert [row["images"][0]["bytes"] for row in task["train"]] == [row["images"][0]["bytes"] for row in other["train"]]
+        assert [row["images"][0]["bytes"] for row in task["train"]] == [
+            row["images"][0]["bytes"] for row in other["train"]
+        ]
         assert [row["messages"] for row in task["test"]] == [row["messages"] for row in other["test"]]
     assert build_task("compass", seed=1)["train"][0]["images"] != build_task("compass")["train"][0]["images"]
 

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from mllm_cl.errors import EvaluationError
-from mllm_cl.evaluation.matrix import AccuracyMatrix, stage_name, write_text_atomically
+from mllm_cl.evaluation.matrix import AccuracyMatrix, stage_name
 
 
 def filled() -> AccuracyMatrix:
@@ -153,16 +153,3 @@ def test_foreign_and_broken_files_are_refused(tmp_path, change, message):
 def test_no_file(tmp_path):
     with pytest.raises(EvaluationError, match=r"matrix\.json: cannot be read"):
         AccuracyMatrix.read(tmp_path)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = write_text_atomically(tmp_path / "deep" / "file.txt", "old")
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr("os.replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_text_atomically(path, "new")
-    assert path.read_text() == "old"
-    assert [entry.name for entry in path.parent.iterdir()] == ["file.txt"]

@@ -53,7 +53,6 @@ def image_turn(text, *images):
 RED = Image.new("RGB", (32, 32), (215, 35, 40))
 
 
-
 @lru_cache(maxsize=1)  # hypothesis does not mix with fixtures of function scope
 def shipped_tokenizer():
     return AutoProcessor.from_pretrained(tiny_llava_folder()).tokenizer
@@ -71,7 +70,18 @@ def test_tokenizer_is_lossless(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ", "  two  spaces ", "\x00\x01\x7f\r\n\t", "naïve café", "你好，世界", "👩‍👩‍👧 🏳️‍🌈", "a , b . c 's", *SPECIAL_TOKENS, "x</s>y <image> z"],
+    [
+        "",
+        " ",
+        "  two  spaces ",
+        "\x00\x01\x7f\r\n\t",
+        "naïve café",
+        "你好，世界",
+        "👩‍👩‍👧 🏳️‍🌈",
+        "a , b . c 's",
+        *SPECIAL_TOKENS,
+        "x</s>y <image> z",
+    ],
 )
 def test_tokenizer_is_lossless_on_awkward_texts(processor, text):
     tokenizer = processor.tokenizer
@@ -122,7 +132,8 @@ def test_unknown_role_is_an_error(processor):
 
 
 @pytest.mark.parametrize(
-    ("mode", "size"), [("L", (48, 48)), ("RGBA", (200, 20)), ("P", (7, 31)), ("1", (32, 32)), ("RGB", (640, 480)), ("CMYK", (9, 9))]
+    ("mode", "size"),
+    [("L", (48, 48)), ("RGBA", (200, 20)), ("P", (7, 31)), ("1", (32, 32)), ("RGB", (640, 480)), ("CMYK", (9, 9))],
 )
 def test_images_of_any_size_and_mode(processor, mode, size):
     batch = encode(processor, [[image_turn("What?", Image.new(mode, size))]])
@@ -169,7 +180,10 @@ def test_saved_again_and_reloaded_gives_the_same_logits(model, processor, tmp_pa
     processor.save_pretrained(tmp_path)
     again, other = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
     messages = [[image_turn("What colour is the object?", RED)]]
-    one, two = encode(processor, messages, add_generation_prompt=True), encode(other, messages, add_generation_prompt=True)
+    one, two = (
+        encode(processor, messages, add_generation_prompt=True),
+        encode(other, messages, add_generation_prompt=True),
+    )
     assert torch.equal(one["input_ids"], two["input_ids"])
     with torch.inference_mode():
         assert torch.equal(model(**one).logits, again.eval()(**two).logits)

@@ -24,7 +24,7 @@ STREAMS: dict[str, Entry] = {
     ),
 }
 
-# `function() -> rows` with answers.
+# `function(split) -> rows` with answers; split is `test` or `validation`.
 BENCHMARKS: dict[str, Entry] = {
     "quickstart-general": Entry(
         "mllm_cl.data.builders.general:benchmark",

@@ -28,10 +28,26 @@ Split = Literal["train", "validation", "test"]
 ROWS_PER_KIND = 25  # of the benchmark
 SIZES = {"train": 8192, "validation": 480}
 
-OPPOSITES = {"left": "right", "top": "bottom", "big": "small", "light": "dark", "first": "last", "yes": "no", "in": "out"}
+OPPOSITES = {
+    "left": "right",
+    "top": "bottom",
+    "big": "small",
+    "light": "dark",
+    "first": "last",
+    "yes": "no",
+    "in": "out",
+}
 OPPOSITES |= {right: left for left, right in OPPOSITES.items()}
 # How much more often than once a kind is asked; the others are asked once in this many chances.
-WEIGHTS = {"digit": 2.5, "digit_word": 1.5, "letter": 3.0, "photo": 2.0, "options": 2.0, "photo_options": 2.0, "side": 1.5}
+WEIGHTS = {
+    "digit": 2.5,
+    "digit_word": 1.5,
+    "letter": 3.0,
+    "photo": 2.0,
+    "options": 2.0,
+    "photo_options": 2.0,
+    "side": 1.5,
+}
 
 Filled = tuple[dict[str, str], str]  # what goes into the braces, and the answer
 
@@ -133,7 +149,10 @@ KINDS: dict[str, tuple[tuple[str, ...], Ask]] = {
     "letter": (("letter",), lambda p, rng: _big(p, p.facts["name"])),
     "colour": (SINGLE, lambda p, rng: ({"thing": _thing(p, rng)}, p.facts["colour"])),
     "shape": (("shape",), lambda p, rng: ({}, p.facts["name"])),
-    "place": (SINGLE, lambda p, rng: ({"thing": _thing(p, rng)}, p.facts["place"]) if p.facts["size"] == "small" else None),
+    "place": (
+        SINGLE,
+        lambda p, rng: ({"thing": _thing(p, rng)}, p.facts["place"]) if p.facts["size"] == "small" else None,
+    ),
     "size": (SINGLE, lambda p, rng: ({"thing": _thing(p, rng)}, p.facts["size"])),
     "background": ((*SINGLE, "several"), lambda p, rng: ({}, p.facts["background"])),
     "count": (("shape", "several"), lambda p, rng: ({}, str(p.facts.get("count", 1)))),
@@ -220,7 +239,9 @@ def generator(name: str, seed: int) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(name.encode())])
 
 
-def general_pictures(split: Split, count: int, questions: int, seed: int = 0) -> Iterator[tuple[Picture, list[Question]]]:
+def general_pictures(
+    split: Split, count: int, questions: int, seed: int = 0
+) -> Iterator[tuple[Picture, list[Question]]]:
     """Yields pictures, each with several questions: what pre-training learns from."""
     rng = generator(f"general-pictures/{split}", seed)
     for _ in range(count):
@@ -272,3 +293,8 @@ def general_inquiries(size: int = 512, seed: int = 0) -> Rows:
         del row["answers"]  # type: ignore[typeddict-item]
         rows.append(row)
     return Rows(rows)
+
+
+def benchmark(split: Split = "test") -> Rows:
+    """Returns the general benchmark `quickstart-general`: new images and held-out paraphrases of every kind."""
+    return general_rows(split)

@@ -114,7 +114,9 @@ def paint(canvas: Image.Image, mask: Image.Image, rgb: tuple[int, int, int], lef
     canvas.paste(rgb, (round(left), round(top)), mask)
 
 
-def place_at(rng: np.random.Generator, mask: Image.Image, place: tuple[float, float], jitter: float) -> tuple[float, float]:
+def place_at(
+    rng: np.random.Generator, mask: Image.Image, place: tuple[float, float], jitter: float
+) -> tuple[float, float]:
     """Returns the corner where a mask lands at a relative place (0 = left or top, 1 = right or bottom)."""
     free = (SIZE - mask.width - 2, SIZE - mask.height - 2)
     return tuple(  # type: ignore[return-value]
@@ -126,7 +128,9 @@ def _tone_for(rng: np.random.Generator, colours: Sequence[str]) -> str:
     return "dark" if "white" in colours or rng.random() < 0.5 else "light"
 
 
-def _single(rng: np.random.Generator, thing: str, name: str, mask: Callable[[int], Image.Image]) -> tuple[Image.Image, dict]:
+def _single(
+    rng: np.random.Generator, thing: str, name: str, mask: Callable[[int], Image.Image]
+) -> tuple[Image.Image, dict]:
     colour = choose(rng, tuple(COLOURS))
     tone = _tone_for(rng, [colour])
     size = "big" if rng.random() < (0.5 if thing == "shape" else 0.75) else "small"

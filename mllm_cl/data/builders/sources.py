@@ -195,7 +195,9 @@ def face_patch(index: int, rng: np.random.Generator, size: int = 32) -> tuple[Im
     if rng.random() < 0.5:
         patch = ImageOps.mirror(patch)
     gain, shift = rng.uniform(0.8, 1.15), rng.uniform(-20, 20)
-    return patch.point([min(255, max(0, int(gain * value + shift))) for value in range(256)]).convert("RGB"), f"face:{index}"
+    return patch.point([min(255, max(0, int(gain * value + shift))) for value in range(256)]).convert(
+        "RGB"
+    ), f"face:{index}"
 
 
 def coin_shares() -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,54 @@
+"""`mllm-cl compare RUN RUN ...`: runs side by side, with every difference in setting and budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+SHOWN = (
+    *("mean_final_accuracy", "mean_finetune_accuracy", "backward_transfer", "forgetting"),
+    *("general_final", "general_ability_delta", "seconds", "stored_bytes"),
+)
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN RUN...", help="Folders of runs.", show_default=False)],
+    output_path: Annotated[
+        Path | None,
+        typer.Option("--output_path", help="Folder for compare.html and compare.md.", show_default=False),
+    ] = None,
+) -> None:
+    """Put runs side by side. Runs that differ in their seed only become one line with mean ± deviation."""
+    from mllm_cl.cli.display import say
+    from mllm_cl.errors import RunError
+    from mllm_cl.files import explained
+    from mllm_cl.reporting import write_comparison
+
+    if len(runs) < 2:
+        raise RunError(
+            f"{runs[0]}: one run alone cannot be compared.", expected="two or more run folders", fix="add another run."
+        )
+    show_comparison(runs)
+    if output_path is not None:
+        with explained(output_path):
+            say(f"comparison: {write_comparison(runs, output_path)}")
+
+
+def show_comparison(runs: Sequence[Path]) -> None:
+    """Prints one line per method, and below it what was not equal."""
+    from mllm_cl.cli.display import say, show_table
+    from mllm_cl.reporting import compare as compare_runs
+    from mllm_cl.reporting import comparison_table
+
+    comparison = compare_runs(runs)
+    show_table(comparison_table(comparison, SHOWN), "comparison (percent; time and bytes of training)")
+    hidden = ("methods", "version")
+    differing = [entry for entry in comparison.differences if entry.name not in hidden and entry.kind not in hidden]
+    if differing:
+        rows = [[entry.kind, entry.name, *entry.values] for entry in differing]
+        show_table([["kind", "not equal", *comparison.labels], *rows], "differences")
+    for note in comparison.notes:
+        say(f"note: {note}")

@@ -1,0 +1,361 @@
+"""What every method must keep, whatever it does: one matrix of behaviours over all of them."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import TrainerCallback
+
+from mllm_cl.data.collate import Collator
+from mllm_cl.data.rows import Rows
+from mllm_cl.evaluation.engine import GenerationSettings, generate
+from mllm_cl.methods import Method
+from mllm_cl.methods.ewc import EWC
+from mllm_cl.methods.finetune import Finetune
+from mllm_cl.methods.inquiry_regularization import PRESETS, InquiryRegularization
+from mllm_cl.methods.joint import Joint
+from mllm_cl.methods.lwf import LwF
+from mllm_cl.methods.replay import Replay
+from mllm_cl.methods.single import Single
+from mllm_cl.methods.spectral_consolidation import SpectralConsolidation
+from mllm_cl.methods.task_adapters import TaskAdapters
+from mllm_cl.models import adapters
+from mllm_cl.streams import Stream, Task
+
+
+def uir(preset: str, **options: Any) -> InquiryRegularization:
+    return InquiryRegularization(preset=preset, ratio=0.3, weight=1.0, **options)
+
+
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "finetune": (lambda: [Finetune()], {}),
+    "finetune-stacked": (lambda: [Finetune()], {"policy": "stacked"}),
+    "joint": (lambda: [Joint()], {}),
+    "single": (lambda: [Single()], {}),
+    "replay-reservoir": (lambda: [Replay(size=5, share=0.25)], {}),
+    "replay-balanced": (lambda: [Replay(size=5, share=0.25, policy="balanced")], {}),
+    "lwf": (lambda: [LwF()], {}),
+    "lwf-stacked": (lambda: [LwF()], {"policy": "stacked"}),
+    "ewc": (lambda: [EWC(samples=6)], {}),
+    "sac": (lambda: [SpectralConsolidation()], {}),
+    **{preset: (lambda preset=preset: [uir(preset)], {}) for preset in PRESETS},
+    "llava-c": (lambda: [SpectralConsolidation(), uir("uir_memory")], {}),
+    "adapters-prototype": (lambda: [TaskAdapters(samples=6)], {}),
+    "adapters-oracle": (lambda: [TaskAdapters(router="oracle")], {}),
+}
+PER_TASK = ("adapters-prototype", "adapters-oracle")
+TERMS = {"lwf": "lwf", "lwf-stacked": "lwf", "ewc": "ewc", "llava-c": "uir"} | {preset: "uir" for preset in PRESETS}
+
+
+class Spy(Method):
+    """Looks at the model in the middle of training and just before the stage is folded."""
+
+    name = "spy"
+    summary = "looks"
+
+    def __init__(self) -> None:
+        self.trainable: list[set[str]] = []
+        self.updates: list[dict[str, torch.Tensor]] = []
+
+    def loss_terms(self, ctx, model, batch, outputs):
+        self.trainable.append(self.names(ctx))
+        for kind in ("base", "previous"):
+            policy_has_it = kind == "base" or adapters.PREVIOUS in adapters.adapter_names(ctx.model)
+            if policy_has_it:
+                with ctx.reference(kind):
+                    self.trainable.append(self.names(ctx))
+                    ctx.model(**{k: v for k, v in batch.inputs.items() if k != "labels"})
+                self.trainable.append(self.names(ctx))
+        assert ctx.model.training
+        return {}
+
+    def end_task(self, ctx) -> None:
+        if adapters.TASK in adapters.adapter_names(ctx.model):
+            deltas = adapters.adapter_deltas(ctx.model, adapters.TASK)
+            self.updates.append({name: delta.dense() for name, delta in deltas.items()})
+
+    @staticmethod
+    def names(ctx) -> set[str]:
+        return {name for name, parameter in ctx.model.named_parameters() if parameter.requires_grad}
+
+
+@dataclass
+class Story:
+    """Two tasks learnt with one method, and what was seen on the way."""
+
+    learner: Any
+    stream: Stream
+    spy: Spy
+    base: dict[str, torch.Tensor]
+    histories: list[list[dict[str, Any]]] = field(default_factory=list)
+    stages: list[dict[str, dict[str, torch.Tensor]]] = field(default_factory=list)
+    folder: Any = None
+
+
+def base_weights(model) -> dict[str, torch.Tensor]:
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if ".lora_" not in name
+    }
+
+
+def all_adapters(model) -> dict[str, dict[str, torch.Tensor]]:
+    return {name: adapters.adapter_state(model, name) for name in adapters.adapter_names(model)}
+
+
+def same(one, two) -> bool:
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+_STORIES: dict[str, Story] = {}
+
+
+@pytest.fixture(params=CASES)
+def case(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def story(case, make_learner, small_stream, train_task, tmp_path_factory) -> Story:
+    """Told once per method, with the states of stage 1 on disk."""
+    if case not in _STORIES:
+        methods, settings = CASES[case]
+        spy = Spy()
+        learner, stream = make_learner(*methods(), spy, **settings), small_stream(2)
+        told = Story(learner, stream, spy, base_weights(learner.model), folder=tmp_path_factory.mktemp(case))
+        for stage in (1, 2):
+            trainer = train_task(learner, stream, num_train_epochs=3)
+            told.histories.append([entry for entry in trainer.state.log_history if "loss" in entry])
+            told.stages.append(all_adapters(learner.model))
+            learner.save_adapters(told.folder / str(stage) / "adapter")
+            learner.save_states(told.folder / str(stage) / "method")
+        _STORIES[case] = told
+    return _STORIES[case]
+
+
+def learnt_loss(entry: dict[str, Any]) -> float:
+    return entry["loss"] - sum(value for name, value in entry.items() if name.startswith("cl/"))
+
+
+def test_the_first_task_that_is_trained_is_learnt(case, story):
+    history = story.histories[1 if case == "joint" else 0]
+    assert learnt_loss(history[-1]) < 0.8 * learnt_loss(history[0])
+
+
+def test_the_second_task_is_trained(story):
+    history = story.histories[1]
+    assert history
+    assert all(entry["loss"] == entry["loss"] for entry in history)
+    assert story.learner.stage == 2
+
+
+def test_terms_start_where_the_reference_is(case, story):
+    term = f"cl/{TERMS.get(case)}"
+    first, second = story.histories
+    if case not in TERMS:
+        assert not any(name.startswith("cl/") for entry in first + second for name in entry)
+    elif TERMS[case] == "uir":
+        assert abs(first[0][term]) < 1e-5
+        assert any(entry.get(term, 0) > 1e-6 for entry in first)
+    else:
+        assert not any(term in entry for entry in first)
+        assert abs(second[0][term]) < 1e-5
+        assert any(entry.get(term, 0) > 0 for entry in second[1:])
+
+
+def test_the_base_is_never_written(story):
+    assert same(base_weights(story.learner.model), story.base)
+
+
+def test_only_the_tasks_own_adapter_is_trainable(case, story):
+    assert story.spy.trainable
+    for names in story.spy.trainable:
+        owners = {name.split(".lora_")[1].split(".")[1] for name in names}
+        assert len(owners) == 1
+        assert owners <= {"default", "task", "of-colours", "of-yes+no"}
+        assert ("task" in owners) == (story.learner.policy == "stacked")
+    assert not any(parameter.requires_grad for parameter in story.learner.model.parameters())
+
+
+def mixed_rows(stream: Stream) -> list[Any]:
+    return [row for pair in zip(stream[0].test, stream[1].test) for row in pair]
+
+
+def test_answers_do_not_depend_on_the_batch(case, story):
+    rows, learner = mixed_rows(story.stream), story.learner
+    for task in (story.stream[0].name, None):
+        route = learner.router(learner.context(story.stream[1], story.stream, None), task)
+        answers = [
+            generate(learner.model, learner.processor, rows, GenerationSettings(3, size), route) for size in (1, 5, "auto")
+        ]
+        assert answers[0] == answers[1] == answers[2]
+
+
+def test_saved_adapters_load_in_plain_peft(case, story, fresh):
+    learner = story.learner
+    rows = mixed_rows(story.stream)[:4]
+    inputs = Collator(learner.processor)(rows)
+    inputs.pop("labels")
+    folders = ["."] if case not in PER_TASK else [task.name for task in story.stream]
+    for folder in folders:
+        names = [adapters.DEFAULT if folder == "." else adapters.task_adapter(folder)]
+        plain = PeftModel.from_pretrained(fresh()[0], str(story.folder / "2" / "adapter" / folder)).eval()
+        with torch.no_grad(), adapters.active(learner.model, names):
+            assert torch.equal(plain(**inputs).logits, learner.model.eval()(**inputs).logits)
+
+
+def test_past_tasks_are_isolated(case, story):
+    if case not in PER_TASK:
+        pytest.skip("one adapter for all tasks")
+    first, second = story.stages
+    name = adapters.task_adapter("colours")
+    assert same(first[name], second[name])
+    files = [(story.folder / stage / "adapter" / "colours" / "adapter_model.safetensors") for stage in "12"]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_stage_continues_from_disk_bit_for_bit(case, story, make_learner, train_task):
+    methods, settings = CASES[case]
+    learner = make_learner(*methods(), Spy(), **settings)
+    learner.load_stage(story.folder / "1" / "adapter", story.folder / "1" / "method", 1)
+    train_task(learner, story.stream, num_train_epochs=3)
+    again, before = all_adapters(learner.model), story.stages[1]
+    kept = [name for name in again if name != adapters.PREVIOUS and (case not in PER_TASK or name != adapters.DEFAULT)]
+    assert kept
+    for name in kept:
+        assert same(again[name], before[name])
+    for one, two in zip(learner.methods, story.learner.methods):
+        state, expected = one.state_dict(), two.state_dict()
+        assert same(state.tensors, expected.tensors)
+        assert state.data == expected.data
+
+
+def test_merging_is_exact_when_there_is_room(case, make_learner, small_stream, train_task):
+    methods, settings = CASES[case]
+    learner = make_learner(*methods(), spy := Spy(), max_rank=64, **settings)
+    if learner.policy != "stacked":
+        pytest.skip("nothing is merged")
+    for _ in range(2):
+        train_task(learner, small_stream(2, rows=8))
+        assert learner.truncation_error == 0
+    merged = adapters.adapter_deltas(learner.model, adapters.DEFAULT)
+    for name, delta in merged.items():
+        expected = spy.updates[0][name] + spy.updates[1][name]
+        assert torch.allclose(delta.dense(), expected, atol=1e-6 * float(expected.abs().max()) + 1e-9)
+
+
+def test_merging_without_room_reports_its_error(make_learner, small_stream, train_task):
+    learner = make_learner(Finetune(), spy := Spy(), policy="stacked", max_rank=4)
+    for _ in range(2):
+        train_task(learner, small_stream(2, rows=8))
+    errors = []
+    for name, delta in adapters.adapter_deltas(learner.model, adapters.DEFAULT).items():
+        exact = spy.updates[0][name] + spy.updates[1][name]
+        errors.append(float((delta.dense() - exact).norm() / exact.norm()))
+    assert max(errors) > 1e-3
+    assert learner.truncation_error == pytest.approx(max(errors), rel=1e-3)
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradient of every optimizer step."""
+
+    def __init__(self) -> None:
+        self.steps: list[torch.Tensor] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs) -> None:
+        self.steps.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).clone())
+
+
+@pytest.fixture
+def uneven_stream(make_row) -> Stream:
+    """Rows of different lengths, some without images, in numbers that no batch size divides."""
+
+    def task(name: str, count: int) -> Task:
+        rows = [
+            make_row(f"{name}/{i}", f"{name}? " * (1 + i % 4), "red " * (1 + i % 3), None if i % 5 == 0 else (i, 9, 9))
+            for i in range(count)
+        ]
+        return Task(name, Rows(rows), Rows(rows[:4]))
+
+    return Stream("uneven", (task("one", 16), task("two", 19)))
+
+
+def test_gradients_do_not_depend_on_accumulation(case, make_learner, uneven_stream, train_task):
+    methods, settings = CASES[case]
+    results = []
+    for rows, accumulation in ((16, 1), (8, 2), (4, 4)):
+        learner = make_learner(*methods(), **settings)
+        common = {"optim": "sgd", "learning_rate": 0.3, "max_grad_norm": 0.0}
+        train_task(learner, uneven_stream, per_device_train_batch_size=16, **common)
+        gradients = Gradients()
+        train_task(
+            learner,
+            uneven_stream,
+            gradients,
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=accumulation,
+            **common,
+        )
+        results.append(gradients.steps)
+    assert len(results[0]) >= 2  # at the first step most regularisers are still at their minimum
+    for other in results[1:]:
+        assert len(other) == len(results[0])
+        for expected, gradient in zip(results[0], other):
+            assert expected.norm() > 0
+            assert float((gradient - expected).norm() / expected.norm()) < 1e-5
+
+
+def trained(make_learner, train_task, stream, *methods, **settings) -> dict[str, dict[str, torch.Tensor]]:
+    learner = make_learner(*methods, **settings)
+    for _ in stream:
+        train_task(learner, stream)
+    return all_adapters(learner.model)
+
+
+@pytest.mark.parametrize(
+    "off",
+    [lambda: LwF(strength=0.0), lambda: EWC(strength=0.0, samples=4), lambda: uir("uir_memory", images="none")],
+    ids=["lwf", "ewc", "uir"],
+)
+@pytest.mark.parametrize("policy", ["one", "stacked"])
+def test_strength_zero_is_plain_fine_tuning_bit_for_bit(off, policy, make_learner, small_stream, train_task):
+    method = off()
+    if isinstance(method, InquiryRegularization):
+        method.weight = 0.0
+    if method.adapters not in (None, policy):
+        pytest.skip(f"{method.name} needs {method.adapters}")
+    torch.manual_seed(0)
+    stream = small_stream(2, rows=16)
+    plain = trained(make_learner, train_task, stream, Finetune(), policy=policy)
+    torch.manual_seed(1)  # nothing may hang on the global generator
+    result = trained(make_learner, train_task, stream, method, policy=policy)
+    assert same(result["default"], plain["default"])
+
+
+def test_uniform_consolidation_at_full_strength_is_stacked_fine_tuning(make_learner, small_stream, train_task):
+    stream, learners = small_stream(2, rows=16), []
+    for method in (Finetune(), SpectralConsolidation(rate="uniform", strength=1.0)):
+        learners.append(make_learner(method, policy="stacked"))
+        for _ in stream:
+            train_task(learners[-1], stream)
+    plain, scaled = (adapters.adapter_deltas(learner.model, "default") for learner in learners)
+    for name, delta in plain.items():
+        assert torch.allclose(scaled[name].dense(), delta.dense(), atol=1e-6)
+
+
+def test_methods_do_not_change_the_rows_they_are_given(case, make_learner, small_stream, train_task):
+    methods, settings = CASES[case]
+    stream = small_stream(2, rows=8)
+    before = copy.deepcopy([list(task.train) for task in stream])
+    learner = make_learner(*methods(), **settings)
+    for _ in range(2):
+        train_task(learner, stream)
+    after = [list(task.train) for task in stream]
+    strip = lambda tasks: [[{k: v for k, v in row.items() if k != "images"} for row in task] for task in tasks]  # noqa: E731
+    assert strip(after) == strip(before)
