@@ -41,6 +41,8 @@ COLUMNS = {
     "forgetting": "forgetting",
 }
 
+EXTRA = ("general, last stage", "seconds of training", "stored, last stage (kB)", "seeds")
+
 
 def slug(name: str) -> str:
     """Folder name of a method."""
@@ -109,7 +111,7 @@ def page(output: Path, seeds: list[int]) -> str:
     runs = {name: read(output, name, seeds) for name in METHODS}
     example = next(found[0] for found in runs.values() if found)
     rows, tasks = sum(example["n"]), ", ".join(example["tasks"])
-    base = spread([last(found["general"]["values"][:1]) for found in sum(runs.values(), [])][:1])
+    base = spread([last(example["general"]["values"][:1])])
     settings = ", ".join(f"`{key}: {value}`" for key, value in TRAINING.items())
     lines = [
         "<!-- Written by benchmarks/results.py; run it again rather than editing this page. -->",
@@ -124,13 +126,16 @@ def page(output: Path, seeds: list[int]) -> str:
         "python benchmarks/results.py --output runs/results --jobs 2",
         "```",
         "",
-        "| method | " + " | ".join(COLUMNS) + " | general, last stage | seconds of training | stored, last stage (kB) | seeds |",
-        "|---|" + "---|" * (len(COLUMNS) + 4),
+        "| method | "
+        + " | ".join(COLUMNS)
+        + " | general, last stage | seconds of training | stored, last stage (kB) | seeds |",
+        "|---|" + "---|" * (len(COLUMNS) + len(EXTRA)),
     ]
     for name, found in runs.items():
         cells = [spread([matrix["derived"][key] for matrix in found]) for key in COLUMNS.values()]
         cells.append(spread([last(matrix["general"]["values"][::-1][:1]) for matrix in found]))
-        cells.append(spread([sum(stage["seconds"] for stage in matrix["trained"]) for matrix in found]))
+        seconds = [sum(stage["seconds"] for stage in matrix["trained"]) for matrix in found]
+        cells.append(spread(seconds))
         cells.append(spread([matrix["trained"][-1]["stored_bytes"] / 1000 for matrix in found]))
         lines.append(f"| {name} | " + " | ".join(cells) + f" | {len(found)} |")
     return "\n".join(lines) + "\n"

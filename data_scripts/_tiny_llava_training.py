@@ -1,11 +1,11 @@
 """How `build_tiny_llava.py` trains: first the eyes alone, then everything together.
 
-1. *Seeing.* The vision tower learns to tell the facts of a picture (colour, shape, digit, letter, place, ...) through a linear layer
-   that is thrown away. It costs a tenth of a step of the whole model; without it the decoder learns for a long time from
-   features that tell colours only. Large LLaVAs start from a trained CLIP tower for the same reason.
+1. *Seeing.* The vision tower learns to tell the facts of a picture (colour, shape, digit, letter, place, ...) through
+   a linear layer that is thrown away. It costs a tenth of a step of the whole model; without it the decoder learns for
+   a long time from features that tell colours only. Large LLaVAs start from a trained CLIP tower for the same reason.
 2. *Answering.* All parameters learn to answer. A picture is encoded once and asked several questions: each is a
-   *branch* that sees the picture and itself but not the other questions, which gives exactly the loss of separate rows at less
-   than half the cost. One picture in ten is an ordinary conversation of several turns instead.
+   *branch* that sees the picture and itself but not the other questions, which gives exactly the loss of separate rows
+   at less than half the cost. One picture in ten is an ordinary conversation of several turns instead.
 
 Matrices are trained with Muon, everything else with AdamW.
 """
@@ -33,8 +33,8 @@ IGNORED = -100
 class Muon(torch.optim.Optimizer):
     """Momentum whose update of every matrix is orthogonalised by five Newton-Schulz iterations (Jordan et al., 2024).
 
-    As `torch.optim.Muon`, but in float32 (bfloat16 is slow on most processors) and with equal shapes stacked. The update is scaled
-    to the root mean square of AdamW's (Liu et al., 2025, arXiv:2502.16982).
+    As `torch.optim.Muon`, but in float32 (bfloat16 is slow on most processors) and with equal shapes stacked. The
+    update is scaled to the root mean square of AdamW's (Liu et al., 2025, arXiv:2502.16982).
     """
 
     def __init__(
@@ -117,7 +117,8 @@ class Sample:
     """A picture with its questions as one sequence; see the module docstring.
 
     Args:
-        tokens, targets, branches, positions (`list[int]`): per token; `targets` are already shifted to the token that predicts
+        tokens, targets, branches, positions (`list[int]`): per token; `targets` are already shifted to the token that
+        predicts
             them, branch 0 is seen by everybody, branch -1 is padding.
         pixels (`tuple[int, ...]`): which rows of the pixel array.
     """
@@ -228,7 +229,7 @@ FACTS: dict[str, tuple] = {
     "colour": tuple(COLOURS),
     "size": ("big", "small"),
     "place": tuple(PLACES),
-    "background": ("light", "dark"),
+    "background": ("black", "grey"),
     "tone": ("colour", "grey"),
     "count": (2, 3, 4),
     **{
@@ -263,20 +264,19 @@ def train_eyes(
     labels = torch.tensor([facts_of(pictures[index]) for index in chosen])
     rows = torch.tensor([samples[index].pixels[0] for index in chosen])
     tower = model.model.vision_tower
-    hidden, patches = model.config.vision_config.hidden_size, model.config.image_seq_length
+    hidden = model.config.vision_config.hidden_size
     sizes = [len(classes) for classes in FACTS.values()]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        head = torch.nn.Sequential(
-            torch.nn.LayerNorm(hidden), torch.nn.Flatten(), torch.nn.Linear(patches * hidden, sum(sizes))
-        )
+        # one layer for all patches, averaged: what an attention head of the decoder can read as well
+        head = torch.nn.Sequential(torch.nn.LayerNorm(hidden), torch.nn.Linear(hidden, sum(sizes)))
     order = torch.from_numpy(generator("eyes", seed).permutation(len(chosen))).split(batch_size)
 
     def losses() -> Iterator[torch.Tensor]:
         for batch in order:
             # (batch, 1 + patches, hidden), the class token dropped
             features = tower(pixel_values=pixels[rows[batch]].float()).last_hidden_state[:, 1:]
-            scores = head(features).split(sizes, dim=1)
+            scores = head(features).mean(dim=1).split(sizes, dim=1)
             wanted = labels[batch].unbind(dim=1)
             terms = [cross_entropy(a, b, ignore_index=IGNORED, reduction="sum") for a, b in zip(scores, wanted)]
             yield torch.stack(terms).sum() / len(batch)

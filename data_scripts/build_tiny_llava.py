@@ -9,6 +9,7 @@ Same seed, same versions, same machine: same weights. Everything comes from inst
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -71,13 +72,15 @@ def benchmark(
 README = """\
 # tiny-llava
 
-A `LlavaForConditionalGeneration` with {parameters:,} parameters (CLIP vision tower, MLP projector, Llama decoder, byte-level BPE of {vocabulary}
-tokens), trained from nothing on the general mixture of `mllm_cl/data/builders/general.py`. It exists for demos, tests and studies of
-forgetting; it is of no other use. Half precision on disk, float32 once loaded.
+A `LlavaForConditionalGeneration` with {parameters:,} parameters (CLIP vision tower, MLP projector, Llama decoder,
+byte-level BPE of {vocabulary} tokens), trained from nothing on the general mixture of
+`mllm_cl/data/builders/general.py`. It exists for demos, tests and studies of forgetting; it is of no other use. Half
+precision on disk, float32 once loaded.
 
     {command}
 
-Seed {seed}; {steps} steps of {batch_size} pictures; {minutes:.1f} minutes with {threads} thread(s); torch {torch}, transformers {transformers}.
+Seed {seed}; {steps} steps of {batch_size} pictures; {minutes:.1f} minutes with {threads} thread(s); torch {torch},
+transformers {transformers}.
 
 Exact match on the benchmark `quickstart-general` ({rows} rows: images and paraphrases not seen in training), greedy
 generation: **{overall:.1f} %**.
@@ -94,12 +97,15 @@ def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder
     """Writes weights (half precision), processor and README; the folder appears at once or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    half = model.half()
-    half.config.dtype = torch.float32  # what loading without `dtype` gives
-    half.save_pretrained(temporary)
+    model.half().save_pretrained(temporary)
     processor.save_pretrained(temporary)
+    # Transformers writes the dtype of the weights; this is the one that loading without `dtype` shall give.
+    config = json.loads((temporary / "config.json").read_text(encoding="utf-8")) | {"dtype": "float32"}
+    (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (temporary / "README.md").write_text(readme, encoding="utf-8")
     temporary.chmod(0o755)
+    for file in temporary.iterdir():
+        file.chmod(0o644)
     old = None
     if folder.exists():
         old = folder.with_name(f".{folder.name}-old-{os.getpid()}")
@@ -113,8 +119,8 @@ def main() -> None:
     """Parses the command line and builds the weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pictures", type=int, default=44_000)
-    parser.add_argument("--questions", type=int, default=3, help="asked about each picture")
+    parser.add_argument("--pictures", type=int, default=38_000)
+    parser.add_argument("--questions", type=int, default=4, help="asked about each picture")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--vocabulary", type=int, default=640)
@@ -136,8 +142,9 @@ def main() -> None:
     model = build_model(processor, seed=args.seed)
     samples, pixels = prepare(processor, pictures, args.seed)
     tokens = sum(len(sample.tokens) for sample in samples) / len(samples)
+    parameters = sum(p.numel() for p in model.parameters())
     console.print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens in the vocabulary, "
+        f"{parameters:,} parameters, {len(processor.tokenizer)} tokens in the vocabulary, "
         f"{tokens:.1f} tokens per picture; ready after {time.monotonic() - started:.0f} s"
     )
     options = {"seed": args.seed, "console": console}
@@ -153,7 +160,7 @@ def main() -> None:
         console.print(f"{kind:>16} {value:5.1f} %")
     console.print(f"{'overall':>16} {overall:5.1f} %   ({minutes:.1f} minutes)")
     readme = README.format(
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=parameters,
         vocabulary=len(processor.tokenizer),
         command="python data_scripts/build_tiny_llava.py " + " ".join(sys.argv[1:]),
         seed=args.seed,

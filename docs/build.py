@@ -53,7 +53,12 @@ def type_name(annotation: Any) -> str:
 
 def recipe_page() -> str:
     """Every key of a recipe with its type, default and meaning."""
-    lines = [NOTE, "# The recipe", "", "One YAML file; unknown keys are errors. `mllm-cl run RECIPE section.key=value` overrides."]
+    lines = [
+        NOTE,
+        "# The recipe",
+        "",
+        "One YAML file; unknown keys are errors. `mllm-cl run RECIPE section.key=value` overrides.",
+    ]
     lines += ["Editors complete it with [recipe.schema.json](recipe.schema.json).", ""]
     sections = {"": Recipe, "model": ModelSection, "stream": StreamSection, "evaluation": EvaluationSection}
     for section, model in sections.items():

@@ -55,7 +55,9 @@ class StreamSection(Section):
     limit: int | dict[Literal["train", "validation", "test"], int] | None = Field(
         None, description="rows per task and split, drawn with `seed`"
     )
-    validation_share: float | None = Field(None, gt=0, lt=1, description="share of train rows held out when none is given")
+    validation_share: float | None = Field(
+        None, gt=0, lt=1, description="share of train rows held out when none is given"
+    )
     seed: int = Field(0, description="seed of order, limit and validation share")
 
     @model_validator(mode="after")
@@ -68,10 +70,14 @@ class StreamSection(Section):
 class EvaluationSection(Section):
     """How the stages are measured."""
 
-    batch_size: Literal["auto"] | int = Field("auto", description="rows per generation batch; `auto` halves on out-of-memory")
+    batch_size: Literal["auto"] | int = Field(
+        "auto", description="rows per generation batch; `auto` halves on out-of-memory"
+    )
     max_new_tokens: int = Field(16, ge=1, description="longest answer, unless the task says otherwise")
     general: list[str] = Field(default_factory=list, description="general benchmarks measured at every stage")
-    tasks: Literal["seen", "all"] = Field("seen", description="tasks measured at each stage; `all` also fills the upper triangle")
+    tasks: Literal["seen", "all"] = Field(
+        "seen", description="tasks measured at each stage; `all` also fills the upper triangle"
+    )
     split: Literal["test", "validation"] = Field("test", description="choose settings on validation, report on test")
     stage_zero: bool = Field(True, description="measure the untouched model first")
     num_workers: int | Literal["auto"] = Field("auto", description="processes that decode images")

@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 2 recipes/train.py recipes/quickstart/llava_c.yaml output_dir=runs/two
 
-Only the main process shows progress and results. Whichever process meets an error first says so, once.
+On CPUs use torchrun: `accelerate launch --cpu` starts one process only, unless there is MPI. Only the main process
+shows progress and results. Whichever process meets an error first says so, once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread, and a model with random weights (about 50 thousand parameters) that nobody downloads."""
+"""Shared by all tests: one thread, and a model with random weights (50 thousand parameters) that nobody downloads."""
 
 from __future__ import annotations
 
@@ -83,7 +83,10 @@ def small_stream(make_row: Callable[..., dict[str, Any]]) -> Callable[..., Any]:
         for name, (question, answer) in list(tasks.items())[:count]:
             train = [
                 make_row(
-                    f"{name}/{index}", f"{question}{'!' * (index % 3)}", answer(index), list(COLOURS.values())[index % 2]
+                    f"{name}/{index}",
+                    f"{question}{'!' * (index % 3)}",
+                    answer(index),
+                    list(COLOURS.values())[index % 2],
                 )
                 for index in range(rows)
             ]

@@ -35,7 +35,9 @@ def test_generated_pages_are_up_to_date() -> None:
 @pytest.mark.parametrize("name", [module.name for module in pkgutil.walk_packages(mllm_cl.__path__, "mllm_cl.")])
 def test_docstring_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    results = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    results = doctest.testmod(
+        importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    )
     assert results.failed == 0
 
 

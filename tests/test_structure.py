@@ -107,7 +107,11 @@ def tree_of_readme() -> list[str]:
 def test_the_readme_shows_the_tree() -> None:
     shown = set(tree_of_readme())
     tracked = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "mllm_cl"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["git", "ls-files", "-co", "--exclude-standard", "mllm_cl"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.split()
     modules = {
         path.removeprefix("mllm_cl/")

@@ -1,7 +1,12 @@
-"""The recipes of `mllm-cl demo`. `recipes/quickstart/*.yaml` hold the same; a test keeps them equal."""
+"""The recipes of `mllm-cl demo`. `recipes/quickstart/*.yaml` hold the same, written by
+
+python -m mllm_cl.cli.demo_recipes recipes/quickstart
+"""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 # Sizes and settings of the demo in one place: four runs, 4 minutes on two cores.
@@ -14,23 +19,46 @@ DEMO: dict[str, Any] = {
     "general": ["quickstart-general"],
 }
 
-METHODS: dict[str, list[dict[str, Any]]] = {
-    "finetune": [],
-    "llava_c": [{"spectral_consolidation": {}}, {"inquiry_regularization": {}}],
-    "replay": [{"replay": {}}],
-    "joint": [{"joint": {}}],
+# Name -> methods, and what a reader of the recipe should know.
+METHODS: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "finetune": ([], "Plain sequential LoRA fine-tuning: the lower bound."),
+    "llava_c": (
+        [{"spectral_consolidation": {}}, {"inquiry_regularization": {}}],
+        "LLaVA-c: spectral-aware consolidation (SAC) and unsupervised inquiry regularization (UIR).",
+    ),
+    "replay": ([{"replay": {}}], "Experience replay: stored rows of earlier tasks are rehearsed."),
+    "joint": ([{"joint": {}}], "All tasks at once at the last stage: the upper bound."),
 }
 
 
 def demo_recipe(name: str, output_dir: str, seed: int = 0) -> dict[str, Any]:
     """Returns the recipe of one of `METHODS` as plain data."""
+    methods, _ = METHODS[name]
     return {
         "name": f"quickstart-{name}",
         "output_dir": output_dir,
         "seed": seed,
         "model": {"name_or_path": "tiny-llava", "lora": dict(DEMO["lora"])},
         "stream": {"name": "quickstart", "limit": dict(DEMO["limit"])},
-        "methods": [dict(entry) for entry in METHODS[name]],
+        "methods": [dict(entry) for entry in methods],
         "training": {key: DEMO[key] for key in ("learning_rate", "num_train_epochs", "per_device_train_batch_size")},
         "evaluation": {"general": list(DEMO["general"])},
     }
+
+
+def recipe_text(name: str) -> str:
+    """Returns the recipe as a commented YAML file."""
+    import yaml
+
+    content = demo_recipe(name, f"runs/quickstart/{name}")
+    return (
+        f"# {METHODS[name][1]}\n"
+        "# What `mllm-cl demo` runs; sizes and learning rate are ours, chosen for a few minutes on a laptop.\n"
+        f"#   mllm-cl run recipes/quickstart/{name}.yaml\n"
+        f"{yaml.safe_dump(content, sort_keys=False, default_flow_style=None, width=120)}"
+    )
+
+
+if __name__ == "__main__":
+    for method in METHODS:
+        (Path(sys.argv[1]) / f"{method}.yaml").write_text(recipe_text(method), encoding="utf-8")

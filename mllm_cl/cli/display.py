@@ -11,13 +11,14 @@ from rich import box
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
+    ProgressColumn,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
+from rich.progress import Task as RichTask
 from rich.table import Table
 from rich.text import Text
 
@@ -77,13 +78,20 @@ def make_progress(prefix: str = "") -> contextlib.AbstractContextManager[Progres
     return _bars(target, prefix) if target.is_terminal else contextlib.nullcontext(PlainLog(target, prefix))
 
 
+class _Count(ProgressColumn):
+    """Rows done of all rows; nothing while the length is unknown."""
+
+    def render(self, task: RichTask) -> Text:
+        return Text("" if task.total is None else f"{task.completed:.0f}/{task.total:.0f}")
+
+
 @contextlib.contextmanager
 def _bars(target: Console, prefix: str) -> Iterator[Progress]:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        MofNCompleteColumn(),
+        _Count(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )

@@ -118,14 +118,14 @@ def check_optional() -> Iterator[Check]:
 def check_folders() -> Iterator[Check]:
     """Where runs and downloads are written."""
     hub = os.environ.get("HF_HOME") or str(Path.home() / ".cache" / "huggingface")
-    for name, folder, state in (("working folder", Path.cwd(), "warning"), ("hub cache", Path(hub), "warning")):
+    for name, folder in (("working folder", Path.cwd()), ("hub cache", Path(hub))):
         place = next(parent for parent in (folder, *folder.parents) if parent.exists())
         try:
             with tempfile.NamedTemporaryFile(dir=place):
                 free = shutil.disk_usage(place).free / 2**30
         except OSError as error:
             meaning = "give an absolute output_dir" if name == "working folder" else "set HF_HOME to a writable folder"
-            yield Check(name, state, f"{folder}: not writable ({error.strerror})", meaning)
+            yield Check(name, "warning", f"{folder}: not writable ({error.strerror})", meaning)
             continue
         yield Check(name, "ok", f"{folder}: writable, {free:.0f} GiB free")
 

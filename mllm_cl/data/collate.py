@@ -64,7 +64,7 @@ class Collator:
             "padding_side": "left" if self.for_generation else "right",
             "add_special_tokens": False,
         }
-        batch = self.processor.apply_chat_template(
+        batch: Any = self.processor.apply_chat_template(
             [self._conversation(row) for row in rows],
             tokenize=True,
             return_dict=True,

@@ -69,7 +69,7 @@ def token_counts(processor: ProcessorMixin, rows: Sequence[Row]) -> list[int]:
         for reference in row["images"]:
             width, height = open_image(reference).size
             if (height, width) not in per_size:
-                sizes = processor._get_num_multimodal_tokens(image_sizes=[[height, width]])
+                sizes = processor._get_num_multimodal_tokens(image_sizes=[[height, width]])  # type: ignore[attr-defined]
                 per_size[height, width] = sizes.num_image_tokens[0]
             counts[index] += per_size[height, width]
     return counts
@@ -136,10 +136,11 @@ class _Engine:
     def __init__(
         self, model: PreTrainedModel | PeftModel, collator: Collator, max_new_tokens: int, route: Route | None
     ) -> None:
-        self.model, self.collator, self.route = model, collator, route
+        self.model: Any = model
+        self.collator, self.route = collator, route
         self.limit = sys.maxsize
         self.device = next(model.parameters()).device
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         tokenizer = collator.processor.tokenizer
         end = base.generation_config.eos_token_id if base.generation_config is not None else None
         self.config = GenerationConfig(
@@ -186,7 +187,7 @@ class _Engine:
         answers = [""] * len(rows)
         for weights, members in groups.items():
             own = inputs if len(members) == len(rows) else self.collator([rows[index] for index in members])
-            with weighted(self.model, dict(weights)):  # type: ignore[arg-type]
+            with weighted(self.model, dict(weights)):
                 texts = self._greedy(own)
             for index, text in zip(members, texts):
                 answers[index] = text

@@ -13,9 +13,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -50,13 +51,20 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
             yield name.removeprefix("base_model.model."), module
 
 
+def factors(layer: LoraLayer, name: str) -> tuple[nn.Linear, nn.Linear]:
+    """Returns the two factors of an adapter in a layer: A with weight (rank, in) and B with weight (out, rank)."""
+    return cast(nn.Linear, layer.lora_A[name]), cast(nn.Linear, layer.lora_B[name])
+
+
 def add_adapter(model: PreTrainedModel | PeftModel, name: str, config: LoraConfig, seed: int) -> PeftModel:
     """Adds an adapter whose random initialisation depends on `seed` alone, frozen and inactive.
 
     A plain model is wrapped by PEFT first. Returns the `PeftModel`.
     """
     config = copy.deepcopy(config)
-    with _seeded(model, seed):
+    with _seeded(model, seed), warnings.catch_warnings():
+        # PEFT still reads the old name of an attribute that transformers has renamed
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         if isinstance(model, PeftModel):
             active = next(lora_layers(model))[1].active_adapters
             model.add_adapter(name, config)
@@ -95,7 +103,7 @@ def set_active(model: PeftModel, names: Sequence[str]) -> None:
     for _, layer in lora_layers(model):
         layer._active_adapter = list(names)
         layer._disable_adapters = not names
-    model.base_model.active_adapter = list(names)
+    model.base_model.active_adapter = list(names)  # type: ignore[assignment]
     model.active_adapter = names[0] if names else next(iter(model.peft_config), DEFAULT)
 
 
@@ -105,9 +113,8 @@ def set_trainable(model: PeftModel, names: Sequence[str]) -> list[nn.Parameter]:
     trainable = []
     for _, layer in lora_layers(model):
         for name in names:
-            for factors in (layer.lora_A, layer.lora_B):
-                if name in factors:
-                    trainable += [parameter.requires_grad_(True) for parameter in factors[name].parameters()]
+            if name in layer.lora_A:
+                trainable += [factor.weight.requires_grad_(True) for factor in factors(layer, name)]
     return trainable
 
 
@@ -157,10 +164,8 @@ def adapter_deltas(model: PeftModel, name: str) -> dict[str, LowRankDelta]:
     deltas = {}
     for module, layer in lora_layers(model):
         if name in layer.lora_A:
-            # lora_A.weight: (rank, in), lora_B.weight: (out, rank)
-            deltas[module] = LowRankDelta.from_lora(
-                layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach(), layer.scaling[name]
-            )
+            lora_a, lora_b = factors(layer, name)
+            deltas[module] = LowRankDelta.from_lora(lora_a.weight.detach(), lora_b.weight.detach(), layer.scaling[name])
     return deltas
 
 
@@ -171,11 +176,7 @@ def write_deltas(model: PeftModel, name: str, deltas: Mapping[str, LowRankDelta]
     if name in adapter_names(model):
         remove_adapter(model, name)
     add_adapter(model, name, config, seed=0)
-    with torch.no_grad():
-        for module, layer in lora_layers(model):
-            lora_a, lora_b = deltas[module].to_lora(rank)
-            layer.lora_A[name].weight.copy_(lora_a)
-            layer.lora_B[name].weight.copy_(lora_b)
+    write_update(model, name, deltas)
     set_active(model, [*current, name])
 
 
@@ -197,10 +198,9 @@ def adapter_state(model: PeftModel, name: str) -> dict[str, Tensor]:
     """Returns the tensors of an adapter under the names that PEFT uses in its files."""
     state = {}
     for module, layer in lora_layers(model):
-        for kind, factors in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-            if name in factors:
-                weight = factors[name].weight.detach()
-                state[f"base_model.model.{module}.{kind}.weight"] = weight.cpu().contiguous().clone()
+        if name in layer.lora_A:
+            for kind, factor in zip(("lora_A", "lora_B"), factors(layer, name)):
+                state[_key(module, kind)] = factor.weight.detach().cpu().contiguous().clone()
     return state
 
 
@@ -223,8 +223,13 @@ def load_adapter_state(model: PeftModel, name: str, state: Mapping[str, Tensor],
         )
     with torch.no_grad():
         for module, layer in lora_layers(model):
-            layer.lora_A[name].weight.copy_(state[f"base_model.model.{module}.lora_A.weight"])
-            layer.lora_B[name].weight.copy_(state[f"base_model.model.{module}.lora_B.weight"])
+            for kind, factor in zip(("lora_A", "lora_B"), factors(layer, name)):
+                factor.weight.copy_(state[_key(module, kind)])
+
+
+def _key(module: str, kind: str) -> str:
+    """Name of a factor in PEFT's files."""
+    return f"base_model.model.{module}.{kind}.weight"
 
 
 def copy_adapter(model: PeftModel, source: str, target: str) -> None:
@@ -241,7 +246,7 @@ def save_adapter(model: PeftModel, name: str, folder: Path) -> None:
     save_file(adapter_state(model, name), folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = copy.deepcopy(model.peft_config[name])
     config.inference_mode = True
-    config.base_model_name_or_path = model.get_base_model().name_or_path
+    config.base_model_name_or_path = cast(PreTrainedModel, model.get_base_model()).name_or_path
     config.save_pretrained(str(folder))
 
 
@@ -296,8 +301,8 @@ def adapter_parameters(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
     parameters = {}
     for module, layer in lora_layers(model):
         if name in layer.lora_A:
-            parameters[f"{module}.lora_A"] = layer.lora_A[name].weight
-            parameters[f"{module}.lora_B"] = layer.lora_B[name].weight
+            lora_a, lora_b = factors(layer, name)
+            parameters |= {f"{module}.lora_A": lora_a.weight, f"{module}.lora_B": lora_b.weight}
     return parameters
 
 
@@ -305,9 +310,10 @@ def write_update(model: PeftModel, name: str, deltas: Mapping[str, LowRankDelta]
     """Writes updates of at most the adapter's own rank into it, in place; its scaling stays what it is."""
     with torch.no_grad():
         for module, layer in lora_layers(model):
-            lora_a, lora_b = deltas[module].to_lora(layer.lora_A[name].weight.shape[0])
-            layer.lora_A[name].weight.copy_(lora_a)
-            layer.lora_B[name].weight.copy_(lora_b / layer.scaling[name])
+            own_a, own_b = factors(layer, name)
+            lora_a, lora_b = deltas[module].to_lora(own_a.weight.shape[0])
+            own_a.weight.copy_(lora_a)
+            own_b.weight.copy_(lora_b / layer.scaling[name])
 
 
 def read_state(folder: Path) -> dict[str, Tensor]:

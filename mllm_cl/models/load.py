@@ -53,7 +53,7 @@ def load_model(
     except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
         raise ModelError(
             f"{name_or_path}: cannot be loaded ({_first_line(error)}).",
-            expected="`tiny-llava`, a Hub id of an image-text model, or a folder with config.json, weights and processor",
+            expected="`tiny-llava`, a Hub id of an image-text model, or a folder with config.json, weights, processor",
             fix="check `model.name_or_path` (and the network, for a Hub id).",
         ) from error
     finally:

@@ -1,7 +1,8 @@
-"""The tiny LLaVA: a genuine `LlavaForConditionalGeneration` of about 1.2 million parameters that ships with the package.
+"""The tiny LLaVA: a genuine `LlavaForConditionalGeneration` of 1.5 million parameters that ships with the package.
 
-CLIP vision tower, MLP projector, Llama decoder and a byte-level BPE tokenizer: the classes, the folder layout and the chat template
-habits of the large ones, small enough for a laptop. `data_scripts/build_tiny_llava.py` trains it; its README has the numbers.
+CLIP vision tower, MLP projector, Llama decoder and a byte-level BPE tokenizer: the classes, the folder layout and the
+chat template habits of the large ones, small enough for a laptop. `data_scripts/build_tiny_llava.py` trains it; its
+README has the numbers.
 
 The chat template puts the images of a turn first and marks the answer *and* its end with `{% generation %}`:
 
@@ -130,7 +131,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast, image_size: int = 32, pa
 def build_model(
     processor: LlavaProcessor,
     *,
-    vision_hidden: int = 96,
+    vision_hidden: int = 128,
     vision_layers: int = 3,
     vision_heads: int = 4,
     text_hidden: int = 128,
@@ -142,8 +143,8 @@ def build_model(
 ) -> LlavaForConditionalGeneration:
     """Builds a LLaVA with random weights that fits the processor; the defaults are those of the shipped model.
 
-    The decoder and the projector start with a standard deviation of 0.06 instead of 0.02: at this width it is worth more than
-    doubling the steps. The global random state is left as it was.
+    The decoder and the projector start with a standard deviation of 0.06 instead of 0.02: at this width it is worth
+    more than doubling the steps. The global random state is left as it was.
     """
     tokenizer = processor.tokenizer
     image_size = processor.image_processor.size["height"]

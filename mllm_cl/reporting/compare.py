@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mllm_cl.errors import RunError
-from mllm_cl.files import write_text
 from mllm_cl.evaluation.statistics import Spread, mean_and_std
+from mllm_cl.files import write_text
 from mllm_cl.reporting import formatting
 from mllm_cl.reporting.paired import PairedTask, paired_tests
 from mllm_cl.reporting.run import RunSummary, read_run, run_labels

@@ -11,8 +11,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from mllm_cl.files import write_text
 from mllm_cl.evaluation.metrics import DEFINITIONS
+from mllm_cl.files import write_text
 from mllm_cl.reporting import formatting
 from mllm_cl.reporting.answers import find_changes
 from mllm_cl.reporting.charts import general_panels, task_panels

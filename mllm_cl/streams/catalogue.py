@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from mllm_cl.data.builders import BENCHMARKS, STREAMS, find_builder
@@ -74,5 +75,11 @@ def load_benchmark(name: str, split: str = "test") -> Sequence[Row]:
 
 
 def _built_in(name: str) -> Stream:
-    tasks = tuple(Task(**fields) for fields in find_builder(name, STREAMS)())
+    return _build(name, find_builder(name, STREAMS))
+
+
+@cache
+def _build(name: str, builder: Callable[[], list[dict[str, Any]]]) -> Stream:
+    """Kept, because `mllm-cl demo` learns the same stream with several methods."""
+    tasks = tuple(Task(**fields) for fields in builder())
     return Stream(name=name, tasks=tasks, fingerprint=fingerprint(tasks))

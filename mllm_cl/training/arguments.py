@@ -94,7 +94,9 @@ def check_training(section: dict[str, Any]) -> None:
                 fix="replace the line.",
             )
         if key in OWNED:
-            raise RecipeError(f"training.{key}: decided by the run itself.", expected=OWNED[key], fix="remove the line.")
+            raise RecipeError(
+                f"training.{key}: decided by the run itself.", expected=OWNED[key], fix="remove the line."
+            )
         if key not in known:
             raise RecipeError(f"training.{key}: unknown key.", expected=suggest(key, known - OWNED.keys()))
     training_arguments(section, Path("unused"), 0)
@@ -130,7 +132,8 @@ def training_arguments(section: dict[str, Any], folder: Path, seed: int) -> Trai
         )
     except (TypeError, ValueError, ImportError) as error:
         raise RecipeError(
-            f"training: transformers refuses these arguments ({str(error).splitlines()[0]}).", fix="correct the section."
+            f"training: transformers refuses these arguments ({str(error).splitlines()[0]}).",
+            fix="correct the section.",
         ) from error
 
 

@@ -119,9 +119,16 @@ def check_lora(settings: dict) -> LoraConfig:
             raise RecipeError(f"model.lora.{key}: unknown key.", expected=suggest(key, known))
     for key in ("use_dora", "modules_to_save", "target_parameters", "layer_replication", "lora_bias"):
         if settings.get(key):
-            raise RecipeError(
-                f"model.lora.{key}: not supported; the update must be exactly B A.", fix="remove it."
-            )
+            raise RecipeError(f"model.lora.{key}: not supported; the update must be exactly B A.", fix="remove it.")
+    if settings.get("init_lora_weights", True) not in (True, "gaussian", "orthogonal"):
+        raise RecipeError(
+            f"model.lora.init_lora_weights: {settings['init_lora_weights']!r} changes the base weights, or starts with an "
+            "update that is not zero.",
+            expected="true, gaussian or orthogonal",
+            fix="remove the line.",
+        )
+    if settings.get("bias", "none") != "none":
+        raise RecipeError("model.lora.bias: base weights are never trained.", expected="none", fix="remove the line.")
     rank = settings.get("r", 8)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise RecipeError(f"model.lora.r: {rank!r} is not a rank.", expected="a whole number of at least 1")

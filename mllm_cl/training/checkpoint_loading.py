@@ -120,9 +120,10 @@ def load_checkpoint(found: Found) -> Checkpoint:
             expected="the base model of the run, unchanged",
             fix="give it with --base_model.",
         )
-    place = PartialState(cpu=not torch.cuda.is_available()).device
+    place = torch.device(PartialState(cpu=not torch.cuda.is_available()).device or "cpu")
     if found.folder is None:
-        return Checkpoint(found.label, model.to(place), processor, base, lambda task: None)
+        model.to(place)  # type: ignore[arg-type]
+        return Checkpoint(found.label, model, processor, base, lambda task: None)
     if found.kind == "stage" and found.recipe is not None:
         methods = build_methods(found.recipe)
         if any(overrides(method, "route") for method in methods):

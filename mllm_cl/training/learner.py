@@ -73,7 +73,8 @@ class Learner:
             config = next(iter(model.peft_config.values()))
             if not isinstance(config, LoraConfig) or adapters.DEFAULT not in model.peft_config:
                 raise ModelError(
-                    "the model has no LoRA adapter called 'default'.", fix="wrap it with get_peft_model(model, LoraConfig(...))."
+                    "the model has no LoRA adapter called 'default'.",
+                    fix="wrap it with get_peft_model(model, LoraConfig(...)).",
                 )
             self.lora, self.model = config, model
         else:

@@ -35,11 +35,19 @@ class Ledger:
         if len(complete) < len(content) and self.writable:
             with explained(self.path), self.path.open("r+b") as file:
                 file.truncate(len(complete))
+        return [self._entry(number, line) for number, line in enumerate(complete.splitlines(), start=1)]
+
+    def _entry(self, number: int, line: bytes) -> dict[str, Any]:
         try:
-            return [json.loads(line) for line in complete.splitlines()]
-        except ValueError as error:
+            entry = json.loads(line)
+            if "event" in entry:
+                return entry
+            raise ValueError("no event")
+        except (ValueError, TypeError) as error:
             raise RunError(
-                f"{self.path}: a line is not JSON ({error}).", fix="restore the file or start in another output_dir."
+                f"{self.path}: line {number} is not an entry ({error}).",
+                expected="one JSON object per line, as the run wrote it",
+                fix="restore the file, or start in another output_dir.",
             ) from error
 
     def append(self, event: str, **fields: Any) -> None:

@@ -79,7 +79,7 @@ class Run:
         self.recipe, self.stream, self.progress = recipe, stream, progress
         self.state = PartialState(cpu=runs_on_cpu(recipe.training))
         self.tasks = [task.name for task in stream]
-        general = {name: load_benchmark(name) for name in recipe.evaluation.general}
+        general = {name: load_benchmark(name, recipe.evaluation.split) for name in recipe.evaluation.general}
         self.general = {name: _limited(rows, recipe) for name, rows in general.items()}
         self.folder = find_run(recipe)  # all processes check before one of them writes
         self.ledger = Ledger(self.folder.ledger, writable=self.state.is_main_process)

@@ -94,7 +94,9 @@ def recipe_differences(first: Recipe, second: Recipe) -> list[str]:
     one = flatten(first.model_dump(mode="json", exclude={"output_dir", "name"}))
     two = flatten(second.model_dump(mode="json", exclude={"output_dir", "name"}))
     return [
-        f"{key}: {one.get(key)} -> {two.get(key)}" for key in sorted(one.keys() | two.keys()) if one.get(key) != two.get(key)
+        f"{key}: {one.get(key)} -> {two.get(key)}"
+        for key in sorted(one.keys() | two.keys())
+        if one.get(key) != two.get(key)
     ]
 
 

@@ -70,14 +70,13 @@ class ContinualTrainer(CheckpointedTrainer):
         peft_config: LoraConfig | None = None,
         **kwargs: Any,
     ) -> None:
+        given = train_dataset if train_dataset is not None else () if task is None else task.train
+        if not len(given):
+            raise DataError("train_dataset: has no rows to train on.", expected="the rows of a task")
         args = args or TrainingArguments("trainer_output")
         adapt_arguments(args)
         learner = learner or self._learner_of(model, processing_class, methods, peft_config, args.seed)
-        if task is None:
-            task = Task(name=f"task-{learner.stage + 1}", train=() if train_dataset is None else train_dataset, test=())
-        given = task.train if train_dataset is None else train_dataset
-        if not len(given):
-            raise DataError(f"{task.name}: has no rows to train on.", fix="give `train_dataset`.")
+        task = task or Task(name=f"task-{learner.stage + 1}", train=given, test=())
         self.learner = learner
         self._term_sums: dict[str, Tensor] = {}
         self._term_count = 0
@@ -118,7 +117,9 @@ class ContinualTrainer(CheckpointedTrainer):
                 expected="`model` (the same object for every task) and `processing_class` (its processor)",
             )
         known = Learner.of(model)
-        return known or Learner(model, processor, self.default_methods() if methods is None else methods, peft_config, seed=seed)
+        return known or Learner(
+            model, processor, self.default_methods() if methods is None else methods, peft_config, seed=seed
+        )
 
     def default_methods(self) -> Sequence[Method]:
         """Methods of a learner that the trainer has to create itself."""
@@ -170,20 +171,22 @@ class ContinualTrainer(CheckpointedTrainer):
         self._term_count += 1
         self._totals = {"step": len(samples)}
         if self._term_methods:
-            count = sum(len(batch[COMPANIONS]["inquiry"]["input_ids"]) for batch in samples if COMPANIONS in batch)
+            inquiries = [batch[COMPANIONS]["inquiry"] for batch in samples if "inquiry" in batch.get(COMPANIONS, {})]
+            count = sum(len(batch["input_ids"]) for batch in inquiries)
             total = torch.tensor(count, device=device)
             self._totals["inquiry"] = self.accelerator.reduce(total, reduction="sum").clamp_min(1)  # type: ignore[union-attr]
         return samples, items
 
     def _shares(self, inputs: dict[str, Any], companions: dict[str, Any], items: Any) -> dict[str, Any]:
         """This micro-batch's part of each quantity, times the processes (DDP averages their gradients)."""
+        processes, steps = self.accelerator.num_processes, self._totals["step"]
         if items is None:  # the model averages over the micro-batch, and `training_step` divides by their number
-            return {"step": 1.0, "tokens": 1.0, "inquiry": 1.0}
-        processes = self.accelerator.num_processes
-        shares: dict[str, Any] = {"step": 1 / self._totals["step"]}
-        shares["tokens"] = (inputs["labels"][:, 1:] != IGNORED).sum() / items * processes
+            shares: dict[str, Any] = {"step": 1.0, "tokens": 1.0}
+        else:
+            shares, steps = {"step": 1 / steps}, 1
+            shares["tokens"] = (inputs["labels"][:, 1:] != IGNORED).sum() / items * processes
         if "inquiry" in companions:
-            shares["inquiry"] = len(companions["inquiry"]["input_ids"]) / self._totals["inquiry"] * processes
+            shares["inquiry"] = len(companions["inquiry"]["input_ids"]) / self._totals["inquiry"] * processes * steps
         return shares
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -86,7 +86,7 @@ def base_recipe(fixture_folder: Path, stream_file: Path) -> dict[str, Any]:
         "model": {"name_or_path": str(fixture_folder), "lora": {"r": 2, "lora_alpha": 4}},
         "stream": {"path": str(stream_file)},
         "methods": [],
-        "training": {"learning_rate": 1.0e-2, "per_device_train_batch_size": 4},
+        "training": {"learning_rate": 5.0e-2, "num_train_epochs": 4, "per_device_train_batch_size": 4},
         "evaluation": {"max_new_tokens": 2, "batch_size": 4, "stage_zero": False},
     }
 

@@ -291,7 +291,7 @@ CASES: dict[str, tuple[Callable[[Lab], list[Any]], tuple[str, ...]]] = {
     "output_dir is not empty": (occupied, ("not empty and not a run", "change output_dir")),
     "output_dir of another recipe": (
         lambda lab: [*("run", lab.recipe(output_dir=str(lab.run()))), "training.learning_rate=0.5"],
-        ("another recipe", "training.learning_rate: 0.01 -> 0.5"),
+        ("another recipe", "training.learning_rate: 0.05 -> 0.5"),
     ),
     "stream changed": (other_stream, ("the rows of the stream changed", "another output_dir")),
     "ledger damaged": (

@@ -85,7 +85,10 @@ def test_text_only_batches_have_no_pixels(processor, make_row):
 
 def test_content_may_be_text_or_blocks(processor):
     blocks = conversation("What is this?", "yes")
-    plain = {**blocks, "messages": [{"role": m["role"], "content": m["content"][0]["text"]} for m in blocks["messages"]]}
+    plain = {
+        **blocks,
+        "messages": [{"role": m["role"], "content": m["content"][0]["text"]} for m in blocks["messages"]],
+    }
     for for_generation in (False, True):
         collate = Collator(processor, for_generation=for_generation)
         assert shown(collate([blocks])) == shown(collate([plain]))
@@ -179,7 +182,9 @@ def test_ignored_rows_have_no_labels(processor, make_row):
 
 
 def test_companions_travel_with_their_targets(processor, make_row):
-    inquiry = [{**make_row(f"q{i}", "What?" * (i + 1), "z"), "targets": {"values": torch.full((i + 1,), i)}} for i in (0, 1)]
+    inquiry = [
+        {**make_row(f"q{i}", "What?" * (i + 1), "z"), "targets": {"values": torch.full((i + 1,), i)}} for i in (0, 1)
+    ]
     rows = [
         {**make_row("a", "?", "x"), "companions": {"inquiry": inquiry[:1]}},
         make_row("b", "?", "x"),

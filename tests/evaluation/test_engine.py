@@ -150,10 +150,11 @@ def test_the_training_mode_is_restored(talkative, rows):
     model.train()
     generate(model, processor, rows[:2], GenerationSettings(2))
     assert model.training
-    with pytest.raises(ValueError, match="stop"):
-        for _ in generate_batches(model, processor, rows, [[0], [1]], GenerationSettings(2)):
-            assert not model.training
-            raise ValueError("stop")
+    batches = generate_batches(model, processor, rows, [[0], [1]], GenerationSettings(2))
+    next(batches)
+    assert not model.training
+    batches.close()  # type: ignore[attr-defined]
+    assert model.training
     model.eval()
 
 

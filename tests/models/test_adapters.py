@@ -136,6 +136,11 @@ def test_active_adapters_add_up(model, config, inputs, base):
     assert not torch.allclose(plain, both, atol=1e-3)
 
 
+def interrupted(model, grads: set[str]) -> None:
+    assert trainable(model) == grads
+    raise RuntimeError("boom")
+
+
 def test_contexts_restore_everything_after_an_error(model, config, inputs):
     adapters.add_adapter(model, "task", config, seed=2)
     adapters.set_active(model, ["default", "task"])
@@ -148,8 +153,7 @@ def test_contexts_restore_everything_after_an_error(model, config, inputs):
         adapters.weighted(model, {"default": 0.5, "task": 2.0}),
     ):
         with pytest.raises(RuntimeError, match="boom"), context:
-            assert trainable(model) == grads
-            raise RuntimeError("boom")
+            interrupted(model, grads)
         assert torch.equal(logits(model, inputs), before)
         assert trainable(model) == grads
         assert [dict(layer.scaling) for _, layer in adapters.lora_layers(model)] == scalings
@@ -250,7 +254,7 @@ def test_copies_are_frozen_and_independent(model, inputs):
     adapters.copy_adapter(model, "default", "previous")
     adapters.set_active(model, ["default"])
     kept = state(model, "previous")
-    assert equal({k: v for k, v in kept.items()}, state(model, "default"))
+    assert equal(kept, state(model, "default"))
     filled(model, "default", 7)
     assert equal(state(model, "previous"), kept)
     adapters.copy_adapter(model, "default", "previous")  # over the old copy

@@ -71,7 +71,9 @@ class _Mixed(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.decoder = nn.ModuleList([nn.ModuleDict({"mix": nn.Linear(2, 2)}), nn.ModuleDict({"mix": nn.Conv1d(2, 2, 1)})])
+        self.decoder = nn.ModuleList(
+            [nn.ModuleDict({"mix": nn.Linear(2, 2)}), nn.ModuleDict({"mix": nn.Conv1d(2, 2, 1)})]
+        )
 
     def get_decoder(self) -> nn.Module:
         return self.decoder

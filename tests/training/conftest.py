@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import random
@@ -18,8 +20,10 @@ import torch
 import yaml
 from PIL import Image
 
+from mllm_cl.models.load import load_model
 from mllm_cl.models.tiny import build_fixture
 from mllm_cl.recipe import Recipe, load_recipe
+from mllm_cl.streams import Stream, read_stream
 
 torch.set_num_threads(1)
 
@@ -40,6 +44,14 @@ METHODS: dict[str, list[Any]] = {
     "oracle": [{"task_adapters": {"router": "oracle"}}],
     "prototype": [{"task_adapters": {"router": "prototype", "samples": 6}}],
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fast_collection() -> None:
+    """Every task ends with a garbage collection, which is slow over everything that was imported."""
+    importlib.import_module("mllm_cl.training.loop")
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +87,8 @@ def write_stream(
                 rows.append(row | ({"image": f"{colour}.png"} if with_image else {}))
             (folder / f"{name}-{split}.json").write_text(json.dumps(rows))
         entries.append(
-            {"name": name, "image_folder": "."} | {split: f"{name}-{split}.json" for split in ("train", "test", "validation")}
+            {"name": name, "image_folder": "."}
+            | {split: f"{name}-{split}.json" for split in ("train", "test", "validation")}
         )
     (folder / "pool.txt").write_text("What is this?\nIs this red?\nWhich digit is this?\na photo of a cat\n")
     path = folder / "stream.yaml"
@@ -95,7 +108,9 @@ def recipe_for(model_folder: Path, stream_file: Path, tmp_path: Path) -> Callabl
 
 
 def recipe_factory(model_folder: Path, stream_file: Path, root: Path) -> Callable[..., Recipe]:
-    def build(methods: str | list[Any] = "finetune", *overrides: str, run: str = "run", stream: Path | None = None) -> Recipe:
+    def build(
+        methods: str | list[Any] = "finetune", *overrides: str, run: str = "run", stream: Path | None = None
+    ) -> Recipe:
         path = stream or stream_file
         entries = METHODS[methods] if isinstance(methods, str) else methods
         pool = json.dumps(str(path.parent / "pool.txt"))
@@ -169,8 +184,21 @@ def contents(run: Path) -> dict[str, Any]:
         elif path.is_file() and path.name not in ("ledger.jsonl", "recipe.yaml"):
             kept[name] = path.read_bytes()
     lines = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
-    kept["ledger"] = [(line["event"], line.get("stage"), line.get("task"), line.get("adapter_sha256")) for line in lines]
+    kept["ledger"] = [
+        (line["event"], line.get("stage"), line.get("task"), line.get("adapter_sha256")) for line in lines
+    ]
     return kept
+
+
+@pytest.fixture
+def new_model(model_folder: Path) -> Callable[[], tuple[Any, Any]]:
+    """Returns the model with random weights and its processor, fresh from disk."""
+    return lambda: load_model(str(model_folder), dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def stream(stream_file: Path) -> Stream:
+    return read_stream(stream_file)
 
 
 class Helpers:

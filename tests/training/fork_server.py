@@ -34,7 +34,10 @@ from mllm_cl.errors import MllmClError
 from mllm_cl.recipe import load_recipe
 from mllm_cl.training.ledger import Ledger
 
-TRACED = ("transformers.generation.utils:GenerationMixin.generate", "mllm_cl.training.trainer:ContinualTrainer.training_step")
+TRACED = (
+    "transformers.generation.utils:GenerationMixin.generate",
+    "mllm_cl.training.trainer:ContinualTrainer.training_step",
+)
 
 
 def patch(place: str, around: Callable[..., Any]) -> None:

@@ -37,7 +37,10 @@ LLAVA_C: dict[str, dict[str, Any]] = {
     "before the cell's line": {"at": "append:cell", "n": 3},
     "before the matrix": {"at": "replace:matrix.json", "n": 2},
     "between the tasks": {"at": f"{TRAINER}.__init__", "n": 2},
-    "rollouts of the second task": {"at": "mllm_cl.methods.inquiry_regularization:InquiryRegularization._with_targets", "n": 3},
+    "rollouts of the second task": {
+        "at": "mllm_cl.methods.inquiry_regularization:InquiryRegularization._with_targets",
+        "n": 3,
+    },
     "a step of the second task": {"at": f"{TRAINER}.training_step", "n": 5},
     "the second adapter": {"at": "replace:adapter", "n": 2},
     "in the last evaluation": {"at": "replace:predictions.jsonl", "n": 5},
@@ -52,7 +55,7 @@ DROPOUT: dict[str, dict[str, Any]] = {
     "after the replay memory": {"at": "mllm_cl.methods.replay:Replay.end_task", "when": "after"},
     "drawing the replayed rows": {"at": "mllm_cl.methods.replay:Replay.train_rows", "n": 2, "when": "after"},
     "a step of the second task": {"at": f"{TRAINER}.training_step", "n": 21},
-    "the last evaluation": {"at": "replace:result.json", "n": 4},
+    "the last evaluation": {"at": "replace:result.json", "n": 3},
 }
 SMALL = ("stream.limit.train=12", "stream.limit.test=6", "training.per_device_train_batch_size=4")
 RECIPES: dict[str, tuple[Any, tuple[str, ...]]] = {

@@ -1,11 +1,13 @@
 """The general mixture: what the tiny LLaVA has learnt, and the benchmark that shows whether it still knows it.
 
-Real images (handwritten digits, photographs, letters of real fonts) and drawn scenes with more than twenty kinds of instruction in
-all answer formats of the field. The same picture is asked different questions, so a model must read them.
+Real images (handwritten digits, photographs, letters of real fonts) and drawn scenes with more than twenty kinds of
+instruction in all answer formats of the field. The same picture is asked different questions, so a model must read
+them.
 
 * `general_rows("train" | "validation")`: rows with answers, training paraphrases.
-* `general_rows("test")`: the benchmark `quickstart-general`, 25 rows of each kind: images whose source (digit, font, tile of
-  a photograph) is in no training row, asked in held-out paraphrases. Drawn scenes have no source; theirs are simply new.
+* `general_rows("test")`: the benchmark `quickstart-general`, 25 rows of each kind: images whose source (digit, font,
+  tile of a photograph) is in no training row, asked in held-out paraphrases. Drawn scenes have no source; theirs are
+  simply new.
 * `general_inquiries(size)`: user turns without answers.
 """
 
@@ -41,12 +43,13 @@ OPPOSITES |= {right: left for left, right in OPPOSITES.items()}
 # How much more often than once a kind is asked; the others are asked once in this many chances.
 WEIGHTS = {
     "digit": 2.5,
-    "digit_word": 1.5,
+    "digit_word": 2.0,
     "letter": 3.0,
+    "shape": 2.0,
     "photo": 2.0,
-    "options": 2.0,
-    "photo_options": 2.0,
-    "side": 1.5,
+    "list_shapes": 2.0,
+    "side": 2.0,
+    **dict.fromkeys(("colour_yes_no", "shape_yes_no", "photo_yes_no", "options", "photo_options"), 3.0),
 }
 
 Filled = tuple[dict[str, str], str]  # what goes into the braces, and the answer
@@ -66,10 +69,10 @@ def _thing(picture: Picture, rng: np.random.Generator) -> str:
 
 
 def _options(rng: np.random.Generator, right: str, others: list[str]) -> Filled:
-    """Three options in random order; the answer is the letter of the right one."""
-    options = sample(rng, [right, *sample(rng, others, 2)], 3)
-    text = " ".join(f"{letter}. {option}" for letter, option in zip("ABC", options))
-    return {"options": text}, "ABC"[options.index(right)]
+    """Two options in random order; the answer is the letter of the right one."""
+    options = sample(rng, [right, choose(rng, others)], 2)
+    text = " ".join(f"{letter}. {option}" for letter, option in zip("AB", options))
+    return {"options": text}, "AB"[options.index(right)]
 
 
 def _yes_no(rng: np.random.Generator, present: list[str], pool: list[str], slot: str) -> Filled:
@@ -222,7 +225,7 @@ def to_row(name: str, picture: Picture, question: Question, with_answer: bool) -
     messages = [user_message(question.text, len(picture.images))]
     if with_answer:
         messages.append(assistant_message(question.answer))
-    row = {
+    return {
         "id": name,
         "messages": messages,
         "images": [encode_png(image) for image in picture.images],
@@ -230,8 +233,7 @@ def to_row(name: str, picture: Picture, question: Question, with_answer: bool) -
         "kind": question.kind,
         "format": WORDINGS[question.kind].format,
         "source": " ".join(picture.sources),
-    }
-    return row  # type: ignore[return-value]
+    }  # type: ignore[return-value]
 
 
 def generator(name: str, seed: int) -> np.random.Generator:
@@ -254,7 +256,8 @@ def general_rows(split: Split, *, size: int | None = None, seed: int = 0) -> Row
 
     Args:
         split (`str`): `train`, `validation` or `test`; the last is the benchmark `quickstart-general`.
-        size (`int`, *optional*): number of rows (8,192 and 480; the benchmark has 25 of each kind and `size` takes its first
+        size (`int`, *optional*): number of rows (8,192 and 480; the benchmark has 25 of each kind and `size` takes its
+        first
             rows, in which the kinds alternate).
         seed (`int`): another seed gives other rows of the same kind. The benchmark's published numbers are of seed 0.
 

@@ -5,15 +5,17 @@
 | `digit-parity` | handwritten digits | even, odd | one word |
 | `face-check` | faces and other patches | yes, no | yes/no |
 | `compass` | a small digit or coin on a page | north west, south, centre, ... (9) | short phrase |
-| `surface-options` | brick, grass, gravel, moon, handwriting | A, B, C | option letter |
+| `surface-options` | brick, grass, gravel, moon, handwriting | A, B | option letter |
 | `coin-count` | one to four ancient coins | 1, 2, 3, 4 | number |
 | `ink-list` | one or two digits in coloured ink | teal, pink, brown, lime | list |
 | `letter-caption` | eight letters in unusual fonts | upright letter W, slanted letter Q, ... (16) | caption |
 
-Each has 640 training, 80 validation and 160 test rows. Images, questions and words of the answers do not occur in the general
-mixture (`mllm_cl.data.builders.general`); yes, no, the option letters and the numerals are answer formats and do. No source image (digit, face,
-coin, font, tile of a photograph) is in two splits; see `mllm_cl.data.builders.sources`, which also says where they come from.
-Tasks share images (`digit-parity`, `compass` and `ink-list`; `compass` and `coin-count`), so a model trained on all of them must read the question.
+Each has 640 training, 80 validation and 160 test rows. Images, questions and words of the answers do not occur in the
+general
+mixture (`mllm_cl.data.builders.general`); yes, no, the option letters and the numerals are answer formats and do. No
+source image (digit, face, coin, font, tile of a photograph) is in two splits; see `mllm_cl.data.builders.sources`,
+which also says where they come from. Tasks share images (`digit-parity`, `compass` and `ink-list`; `compass` and
+`coin-count`), so a model trained on all of them must read the question.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ from mllm_cl.data.images import encode_png
 from mllm_cl.data.rows import Row, Rows, assistant_message, user_message
 
 SPLIT_SIZES = {"train": 640, "validation": 80, "test": 160}
-INKS = {"teal": (0, 140, 140), "pink": (250, 130, 190), "brown": (115, 65, 25), "lime": (160, 240, 60)}
+INKS = {"teal": (0, 140, 140), "pink": (250, 130, 190), "brown": (150, 90, 45), "lime": (160, 240, 60)}
 COMPASS = {
     "north west": (0, 0),
     "north": (0.5, 0),
@@ -63,7 +65,7 @@ Example = tuple[Image.Image, dict[str, str], str, str]
 
 
 def _page(rng: np.random.Generator) -> Image.Image:
-    return background(rng, choose(rng, ("light", "dark")))
+    return background(rng, choose(rng, ("black", "grey")))
 
 
 def _ink_on(rng: np.random.Generator, page: Image.Image, ink: str | None = None) -> tuple[str, tuple[int, int, int]]:
@@ -104,13 +106,13 @@ def _compass(rng: np.random.Generator, part: str) -> Example:
 
 
 def _surface_options(rng: np.random.Generator, part: str) -> Example:
-    options = sample(rng, tuple(STREAM_PHOTOS), 3)
-    right = int(rng.integers(3))
+    options = sample(rng, tuple(STREAM_PHOTOS), 2)
+    right = int(rng.integers(2))
     crop, source = photo_crop(options[right], part, rng)
     gain = rng.uniform(0.8, 1.2)
     crop = crop.point([min(255, int(gain * value)) for value in range(256)] * 3)
-    text = " ".join(f"{letter}. {option}" for letter, option in zip("ABC", options))
-    return crop, {"options": text}, "ABC"[right], source
+    text = " ".join(f"{letter}. {option}" for letter, option in zip("AB", options))
+    return crop, {"options": text}, "AB"[right], source
 
 
 def _coin_count(rng: np.random.Generator, part: str) -> Example:
@@ -171,7 +173,7 @@ TASKS: dict[str, tuple[Callable[[np.random.Generator, str], Example], tuple[str,
         _surface_options,
         ("Which surface has been photographed? {options}", "Pick the material in this close-up: {options}"),
         4,
-        "Which of three surfaces is in the close-up? An option letter.",
+        "Which of two surfaces is in the close-up? An option letter.",
     ),
     "coin-count": (
         _coin_count,
@@ -226,7 +228,9 @@ def build_task(name: str, seed: int = 0) -> dict[str, Any]:
 
 
 def build(seed: int = 0) -> list[dict[str, Any]]:
-    """Returns the tasks in order, as plain data: `name`, `train`, `validation`, `test` (`Rows`), `metric`, `max_new_tokens`, `description`.
+    """Returns the tasks in order, as plain data.
+
+    Each has `name`, `train`, `validation`, `test` (`Rows`), `metric`, `max_new_tokens` and `description`.
 
     Args:
         seed (`int`): another seed draws other rows from the same sources.

@@ -96,9 +96,9 @@ def shape_mask(shape: str, size: int) -> Image.Image:
 
 
 def background(rng: np.random.Generator, tone: str) -> Image.Image:
-    """Returns a noisy plain background, `light` or `dark`."""
-    level = rng.integers(165, 226) if tone == "light" else rng.integers(0, 66)
-    tint = rng.integers(-14, 15, size=3)
+    """Returns a noisy plain background, `black` or `grey`; both are darker than any ink."""
+    level = rng.integers(40, 62) if tone == "grey" else rng.integers(0, 16)
+    tint = rng.integers(-5, 6, size=3)
     noise = rng.integers(-6, 7, size=(SIZE, SIZE, 1))
     return Image.fromarray(np.clip(level + tint + noise, 0, 255).astype(np.uint8))
 
@@ -124,17 +124,17 @@ def place_at(
     )
 
 
-def _tone_for(rng: np.random.Generator, colours: Sequence[str]) -> str:
-    return "dark" if "white" in colours or rng.random() < 0.5 else "light"
+def _tone(rng: np.random.Generator) -> str:
+    return "black" if rng.random() < 0.5 else "grey"
 
 
 def _single(
     rng: np.random.Generator, thing: str, name: str, mask: Callable[[int], Image.Image]
 ) -> tuple[Image.Image, dict]:
     colour = choose(rng, tuple(COLOURS))
-    tone = _tone_for(rng, [colour])
+    tone = _tone(rng)
     size = "big" if rng.random() < (0.5 if thing == "shape" else 0.75) else "small"
-    ink = mask(int(rng.integers(23, 28)) if size == "big" else int(rng.integers(9, 13)))
+    ink = mask(int(rng.integers(24, 27)) if size == "big" else int(rng.integers(9, 13)))
     place = "middle" if size == "big" else choose(rng, tuple(PLACES))
     canvas = background(rng, tone)
     paint(canvas, ink, tinted(rng, COLOURS[colour]), *place_at(rng, ink, PLACES[place], 1.5))
@@ -170,7 +170,7 @@ def several_picture(rng: np.random.Generator, part: str) -> Picture:
     pool = tuple(COLOURS) if rng.random() < 0.7 else tuple(sample(rng, tuple(COLOURS), 2))
     colours = sample(rng, pool, count) if in_row and len(pool) > 2 else [choose(rng, pool) for _ in range(count)]
     shapes = [choose(rng, SHAPES) for _ in range(count)]
-    tone = _tone_for(rng, colours)
+    tone = _tone(rng)
     canvas = background(rng, tone)
     if in_row:
         height = rng.uniform(0.2, 0.8)

@@ -3,14 +3,15 @@
 | source | package | what it is |
 |---|---|---|
 | `digit:N` | scikit-learn | UCI optical recognition of handwritten digits, 8x8 grey (`datasets/data/digits.csv.gz`) |
-| `photo:NAME:x,y,w,h` | scikit-image, scikit-learn | a crop of a photograph (`skimage/data`, `sklearn/datasets/images`) |
+| `photo:NAME:x,y,w,h` | scikit-image, scikit-learn | a crop of a photograph (`skimage/data`, `sklearn/.../images`) |
 | `glyph:FONT:LETTER` | matplotlib | a letter of a bundled DejaVu, STIX or Computer Modern font |
 | `face:N` | scikit-image | 25x25 patches of Labeled Faces in the Wild, 100 faces and 100 others (`lfw_subset.npy`) |
 | `coin:N` | scikit-image | one of the 24 ancient coins of `coins.png` |
 
-Everything is divided into *parts* that share no image: `train`, `validation`, `test` of the general mixture and `stream-train`,
-`stream-validation`, `stream-test` of the quickstart stream. Digits and coins are divided one by one, photographs and fonts
-belong to the mixture or to the stream as a whole, and a photograph is cut into 4x4 tiles of which every part owns some.
+Everything is divided into *parts* that share no image: `train`, `validation`, `test` of the general mixture and
+`stream-train`, `stream-validation`, `stream-test` of the quickstart stream. Digits and coins are divided one by one,
+photographs and fonts belong to the mixture or to the stream as a whole, and a photograph is cut into 4x4 tiles of
+which every part owns some.
 """
 
 from __future__ import annotations

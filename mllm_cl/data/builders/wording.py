@@ -1,7 +1,7 @@
 """How the general mixture asks: the format and the paraphrases of every kind of instruction.
 
-The `held_out` paraphrases never occur in training or validation; the benchmark `quickstart-general` uses nothing else. Words in
-braces are filled by the kind (`{thing}` is digit, letter, shape or object).
+The `held_out` paraphrases never occur in training or validation; the benchmark `quickstart-general` uses nothing else.
+Words in braces are filled by the kind (`{thing}` is digit, letter, shape or object).
 """
 
 from __future__ import annotations
@@ -103,12 +103,12 @@ WORDINGS: dict[str, Wording] = {
     "background": Wording(
         "word",
         (
-            "Is the background light or dark?",
-            "How is the background, light or dark?",
+            "Is the background black or grey?",
+            "How is the background, black or grey?",
             "Describe the background in one word.",
-            "What kind of background is it, dark or light?",
+            "What kind of background is it, grey or black?",
         ),
-        ("Is the background dark or light?", "Describe the background, light or dark?"),
+        ("Is the background grey or black?", "Describe the background, black or grey?"),
     ),
     "count": Wording(
         "number",

@@ -1,0 +1,74 @@
+"""SAC: the consolidated adapter against the formula on dense matrices, in NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mllm_cl.errors import MethodError, MllmClError
+from mllm_cl.methods.spectral_consolidation import SpectralConsolidation
+from mllm_cl.models.adapters import DEFAULT, TASK, adapter_deltas
+
+
+def dense(model, name: str) -> dict[str, np.ndarray]:
+    return {module: delta.dense().double().numpy() for module, delta in adapter_deltas(model, name).items()}
+
+
+def power_up(update: np.ndarray, strength: float, gamma: float, match: bool, cap: float | None = None) -> np.ndarray:
+    """W += U diag(c sigma) V^T, c proportional to (sigma / sigma_1)^gamma, norm = strength times that of the update."""
+    left, sigma, right = np.linalg.svd(update, full_matrices=False)
+    rate = (sigma / sigma[0]) ** gamma
+    factor = strength * np.linalg.norm(sigma) / np.linalg.norm(rate * sigma) if match else strength
+    rate = factor * rate if cap is None else np.minimum(factor * rate, cap)
+    return left @ np.diag(rate * sigma) @ right
+
+
+@pytest.mark.parametrize(
+    ("options", "formula"),
+    [
+        ({}, lambda d, t: power_up(d, 0.9, 1.0, True)),
+        ({"rate_options": {"gamma": 2.0}, "strength": 0.5}, lambda d, t: power_up(d, 0.5, 2.0, True)),
+        ({"match": "none", "strength": 0.5}, lambda d, t: power_up(d, 0.5, 1.0, False)),
+        ({"match": "none", "cap": 0.3}, lambda d, t: power_up(d, 0.9, 1.0, False, 0.3)),
+        ({"schedule": "inverse", "strength": 1.0}, lambda d, t: power_up(d, 1.0 / t, 1.0, True)),
+        ({"schedule": "inverse_sqrt", "strength": 1.0}, lambda d, t: power_up(d, 1.0 / np.sqrt(t), 1.0, True)),
+        ({"rate": "uniform", "strength": 0.5}, lambda d, t: 0.5 * d),
+        ({"strength": 0.0}, lambda d, t: 0.0 * d),
+    ],
+)
+def test_consolidation_is_the_formula_on_dense_matrices(options, formula, begin, disturb, small_stream):
+    stream = small_stream(3, rows=4)
+    learner, ctx = begin(stream, SpectralConsolidation(**options))
+    expected: dict[str, np.ndarray] = {}
+    for stage in (1, 2, 3):
+        disturb(ctx.model, TASK, seed=stage)
+        for name, update in dense(ctx.model, TASK).items():
+            expected[name] = expected.get(name, 0.0) + formula(update, stage)
+        learner.end_task(ctx)
+        for name, matrix in dense(learner.model, DEFAULT).items():
+            assert np.allclose(matrix, expected[name], atol=1e-5 * max(np.abs(expected[name]).max(), 1e-3))
+        if stage < 3:
+            learner, ctx = begin(stream, learner=learner)
+
+
+def test_overlap_reads_what_was_consolidated_before(begin, disturb, small_stream):
+    stream = small_stream(2, rows=4)
+    learner, ctx = begin(stream, SpectralConsolidation(rate="overlap", strength=1.0, match="none"))
+    disturb(ctx.model, TASK, seed=1)
+    first = dense(ctx.model, TASK)
+    learner.end_task(ctx)
+    assert all(np.allclose(matrix, first[name], atol=1e-5) for name, matrix in dense(learner.model, DEFAULT).items())
+    learner, ctx = begin(stream, learner=learner)
+    disturb(ctx.model, TASK, seed=2)
+    second = dense(ctx.model, TASK)
+    learner.end_task(ctx)
+    for name, matrix in dense(learner.model, DEFAULT).items():
+        assert np.linalg.norm(matrix - first[name]) < np.linalg.norm(second[name])
+
+
+def test_wrong_options_are_refused_before_training():
+    with pytest.raises(MethodError, match="rate"):
+        SpectralConsolidation(rate="power_sideways")
+    with pytest.raises(MethodError, match="tau"):
+        SpectralConsolidation(rate="power_up", rate_options={"tau": 1.0})
+    assert issubclass(MethodError, MllmClError)

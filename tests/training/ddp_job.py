@@ -1,0 +1,64 @@
+"""What torchrun starts in `test_ddp.py`: runs the recipes of a JSON list one after another, in the same processes.
+
+`kill_at` in a request kills the whole process group from outside in the middle, as a scheduler would.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+
+torch.set_num_threads(1)
+
+from mllm_cl.errors import MllmClError
+from mllm_cl.recipe import load_recipe
+from mllm_cl.training.loop import run_stream
+from mllm_cl.training.trainer import ContinualTrainer
+
+written: list[str] = []
+
+
+def watch(event: str, arguments: tuple) -> None:
+    """Notes which files below a run this process opens for writing."""
+    if event == "open" and isinstance(arguments[0], str) and isinstance(arguments[1], str) and arguments[1][0] in "wax":
+        written.append(arguments[0])
+
+
+def main() -> None:
+    rank = int(os.environ["RANK"])
+    sys.addaudithook(watch)
+    requests = json.loads(Path(sys.argv[1]).read_text())
+    outcome = {}
+    for request in requests:
+        if request.get("kill_at"):
+            step, left = ContinualTrainer.training_step, [request["kill_at"]]
+
+            def training_step(self, *args, _step=step, _left=left, **kwargs):
+                _left[0] -= 1
+                if _left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return _step(self, *args, **kwargs)
+
+            ContinualTrainer.training_step = training_step
+        try:
+            run_stream(load_recipe(request["recipe"]))
+            outcome[request["name"]] = "done"
+        except MllmClError as error:
+            outcome[request["name"]] = str(error)
+        except Exception:
+            outcome[request["name"]] = traceback.format_exc()
+            break  # the other process waits for this one
+    result = {"outcome": outcome, "written": sorted(set(written))}
+    Path(f"{sys.argv[1]}.{rank}").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
