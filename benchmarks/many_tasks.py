@@ -3,8 +3,9 @@
     python benchmarks/many_tasks.py                                  # 30 tasks, stacked adapters
     python benchmarks/many_tasks.py --method spectral_consolidation --tasks 100 --output many_tasks.json
 
-The model has random weights; what is measured is what the protocol adds: a trainer per task, adapters that come and go, consolidation
-with recompression, stages on disk. The consolidated adapter grows until it has its full rank, so the slopes are of the second half.
+The model has random weights; what is measured is what the protocol adds: a trainer per task, adapters that come and go,
+consolidation with recompression, stages on disk. The consolidated adapter grows until it has its full rank, so the slopes are of
+the second half.
 """
 
 from __future__ import annotations

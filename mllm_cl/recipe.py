@@ -1,14 +1,16 @@
 """The recipe: everything a run depends on, in one YAML file.
 
 Unknown keys are errors with a spelling suggestion; `load_recipe` applies `section.key=value` overrides and returns a frozen
-`Recipe`. `Recipe.sha256` identifies what was asked for (where the results are written is not part of it).
+`Recipe`. `Recipe.sha256` identifies what was asked for (where files lie is not part of it).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,38 +29,42 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which model learns, and where its adapters go."""
 
-    name_or_path: str = Field("tiny-llava", description="`tiny-llava` (built in), a Hub id or a local folder")
-    revision: str | None = Field(None, description="branch, tag or commit of a Hub id")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="dtype of the base weights")
-    trust_remote_code: bool = Field(False, description="run code that comes with the checkpoint")
+    name_or_path: str = Field(default="tiny-llava", description="`tiny-llava` (built in), a Hub id or a local folder")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a Hub id")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="dtype of the base weights"
+    )
+    trust_remote_code: bool = Field(default=False, description="run code that comes with the checkpoint")
     lora: dict[str, Any] = Field(
         default_factory=lambda: {"r": 8, "lora_alpha": 16}, description="passed to peft.LoraConfig"
     )
     adapters: Literal["one", "stacked"] | None = Field(
-        None,
+        default=None,
         description="one continued adapter, or a fresh one per task added to the consolidated adapter; "
         "what the methods need when not given",
     )
     max_rank: int | None = Field(
-        None, ge=1, description="rank of the consolidated adapter after recompression; 4 x r when not given"
+        default=None, ge=1, description="rank of the consolidated adapter after recompression; 4 x r when not given"
     )
-    train_bridge: bool = Field(False, description="put LoRA on the vision-language bridge too")
-    train_vision: bool = Field(False, description="put LoRA on the vision tower too")
+    train_bridge: bool = Field(default=False, description="put LoRA on the vision-language bridge too")
+    train_vision: bool = Field(default=False, description="put LoRA on the vision tower too")
 
 
 class StreamSection(Section):
     """What is learnt, in which order."""
 
-    name: str | None = Field(None, description="a built-in stream: see `mllm-cl data list`")
-    path: str | None = Field(None, description="a stream.yaml of your own")
-    order: list[str] | Literal["random"] | None = Field(None, description="task names, or `random` (uses `seed`)")
+    name: str | None = Field(default=None, description="a built-in stream: see `mllm-cl data list`")
+    path: str | None = Field(default=None, description="a stream.yaml of your own")
+    order: list[str] | Literal["random"] | None = Field(
+        default=None, description="task names, or `random` (uses `seed`)"
+    )
     limit: int | dict[Literal["train", "validation", "test"], int] | None = Field(
-        None, description="rows per task and split, drawn with `seed`"
+        default=None, description="rows per task and split, drawn with `seed`"
     )
     validation_share: float | None = Field(
-        None, gt=0, lt=1, description="share of train rows held out when none is given"
+        default=None, gt=0, lt=1, description="share of train rows held out when none is given"
     )
-    seed: int = Field(0, description="seed of order, limit and validation share")
+    seed: int = Field(default=0, description="seed of order, limit and validation share")
 
     @model_validator(mode="after")
     def _one_source(self) -> StreamSection:
@@ -71,16 +77,18 @@ class EvaluationSection(Section):
     """How the stages are measured."""
 
     batch_size: Literal["auto"] | int = Field(
-        "auto", description="rows per generation batch; `auto` halves on out-of-memory"
+        default="auto", description="rows per generation batch; `auto` halves on out-of-memory"
     )
-    max_new_tokens: int = Field(16, ge=1, description="longest answer, unless the task says otherwise")
+    max_new_tokens: int = Field(default=16, ge=1, description="longest answer, unless the task says otherwise")
     general: list[str] = Field(default_factory=list, description="general benchmarks measured at every stage")
     tasks: Literal["seen", "all"] = Field(
-        "seen", description="tasks measured at each stage; `all` also fills the upper triangle"
+        default="seen", description="tasks measured at each stage; `all` also fills the upper triangle"
     )
-    split: Literal["test", "validation"] = Field("test", description="choose settings on validation, report on test")
-    stage_zero: bool = Field(True, description="measure the untouched model first")
-    num_workers: int | Literal["auto"] = Field("auto", description="processes that decode images")
+    split: Literal["test", "validation"] = Field(
+        default="test", description="choose settings on validation, report on test"
+    )
+    stage_zero: bool = Field(default=True, description="measure the untouched model first")
+    num_workers: int | Literal["auto"] = Field(default="auto", description="processes that decode images")
 
     @field_validator("batch_size")
     @classmethod
@@ -102,7 +110,7 @@ class Recipe(Section):
 
     name: str = Field(description="name of the run, shown in reports", pattern=r"^[^/\\\x00]+$")
     output_dir: str = Field(description="folder of the run")
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of everything that is random")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="seed of everything that is random")
     model: ModelSection = Field(default_factory=ModelSection)
     stream: StreamSection
     methods: list[MethodSpec] = Field(default_factory=list, description="methods in this order; `finetune` when empty")
@@ -120,8 +128,8 @@ class Recipe(Section):
 
     @property
     def sha256(self) -> str:
-        """Hash of what was asked for; `output_dir` and `name` are not part of it."""
-        content = self.model_dump(mode="json", exclude={"output_dir", "name"})
+        """Hash of what was asked for; `name`, `output_dir` and `stream.path` (a stream is known by its rows) left out."""
+        content = self.model_dump(mode="json", exclude={"output_dir": True, "name": True, "stream": {"path"}})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
@@ -157,17 +165,24 @@ def load_recipe(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
         RecipeError: the file is missing, is not YAML, or a key or value is not what was expected.
     """
     if isinstance(source, dict):
-        place, content = "recipe", json.loads(json.dumps(source))
+        place, content = "recipe", _plain(source)
     else:
         place, content = str(source), _read_yaml(Path(source))
+        _anchor_paths(content, Path(source).parent)
     for override in overrides:
         _apply_override(content, override)
-    if isinstance(source, (str, Path)):
-        _anchor_paths(content, Path(source).parent)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise RecipeError(*_explain(place, error)) from error
+        raise RecipeError(_explain(place, error)) from error
+
+
+def _plain(source: dict[str, Any]) -> dict[str, Any]:
+    """A copy that holds what YAML could hold; paths become text."""
+    try:
+        return json.loads(json.dumps(source, default=os.fspath))
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"recipe: {error}.", expected="text, numbers, booleans, lists and mappings") from error
 
 
 def _anchor_paths(content: dict[str, Any], folder: Path) -> None:
@@ -176,12 +191,28 @@ def _anchor_paths(content: dict[str, Any], folder: Path) -> None:
     if isinstance(stream, dict) and isinstance(stream.get("path"), str):
         beside = folder / stream["path"]
         if not Path(stream["path"]).is_absolute() and beside.exists():
-            stream["path"] = str(beside)
+            stream["path"] = os.path.abspath(beside)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: `2e-3` is a number (in YAML 1.1 it is text), and a key that is given twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"{twice} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError as error:
         raise RecipeError(f"{path}: there is no such recipe file.", fix="check the path.") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -198,79 +229,82 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _apply_override(content: dict[str, Any], override: str) -> None:
     key, separator, raw = override.partition("=")
-    if not separator or not key:
+    if not separator or not all(key.split(".")):
         raise RecipeError(f"{override!r}: not an override.", expected="section.key=value, for example seed=1")
     try:
-        value = yaml.safe_load(raw)
+        value = yaml.load(raw, _Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{override!r}: the value is not YAML ({error}).", fix="quote it.") from error
-    if isinstance(value, str):
-        value = _as_number(value)
-    *parents, last = key.split(".")
     node: Any = content
+    if key.startswith("methods."):
+        node, key = _method_options(content.get("methods") or [], key.removeprefix("methods."), override)
+    *parents, last = key.split(".")
     for position, parent in enumerate(parents):
-        if isinstance(node, list):
-            node = _method_options(node, parent, override)
-            continue
         if node.get(parent) is None:
             node[parent] = {}
         node = node[parent]
-        if not isinstance(node, (dict, list)):
+        if not isinstance(node, dict):
             raise RecipeError(
                 f"{override!r}: {'.'.join(parents[: position + 1])} is a value, not a section.",
                 fix="shorten the key.",
             )
-    if isinstance(node, list):
-        raise RecipeError(f"{override!r}: {key} is a list.", expected="methods=[...] or methods.NAME.option=value")
     node[last] = value
 
 
-def _as_number(text: str) -> str | float:
-    """YAML 1.1 reads `2e-3` as text; people mean a number."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
+def _method_options(methods: list[Any], key: str, override: str) -> tuple[dict[str, Any], str]:
+    """Returns the options of the method that `NAME.option` means, and the option; a `module:Class` has dots of its own."""
+    names = [entry if isinstance(entry, str) else str(next(iter(entry), "?")) for entry in methods]
+    for position, name in enumerate(names):
+        if key.startswith(f"{name}."):
+            entry = methods[position]
+            options = entry[name] if isinstance(entry, dict) else None
+            methods[position] = {name: options or {}}
+            return methods[position][name], key.removeprefix(f"{name}.")
+    given = key.partition(".")[0]
+    if given in names or not names:
+        raise RecipeError(
+            f"{override!r}: {'which option?' if names else 'the recipe lists no methods.'}",
+            expected="methods=[NAME, ...] or methods.NAME.option=value",
+        )
+    raise RecipeError(f"{override!r}: the recipe has no method {given!r}.", expected=suggest(given, names))
 
 
-def _method_options(methods: list[Any], name: str, override: str) -> dict[str, Any]:
-    for position, entry in enumerate(methods):
-        if entry == name:
-            methods[position] = entry = {name: {}}
-        if isinstance(entry, dict) and name in entry:
-            if entry[name] is None:
-                entry[name] = {}
-            return entry[name]
-    names = [entry if isinstance(entry, str) else next(iter(entry), "?") for entry in methods]
-    raise RecipeError(f"{override!r}: the recipe has no method {name!r}.", expected=suggest(name, map(str, names)))
-
-
-def _explain(place: str, error: ValidationError) -> tuple[str]:
-    lines = [f"{place}: {error.error_count()} problem(s) in the recipe."]
+def _explain(place: str, error: ValidationError) -> str:
+    """One line per setting; a setting of several possible kinds has an error for each of them."""
+    problems: dict[str, list[str]] = {}
+    given: dict[str, str] = {}
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"]) or "recipe"
+        location, known = _setting(item["loc"])
+        where = ".".join(location) or "recipe"
         if item["type"] == "extra_forbidden":
-            known = _known_keys(item["loc"][:-1])
-            lines.append(f"  {where}: unknown key; {suggest(str(item['loc'][-1]), known)}")
+            message = f"unknown key; {suggest(str(item['loc'][-1]), known)}"
         elif item["type"] == "missing":
-            lines.append(f"  {where}: missing; add it")
+            message = "missing; add it"
         else:
-            message = item["msg"].removeprefix("Value error, ")
-            if item["type"] == "string_pattern_mismatch":  # only `name` has a pattern
-                message = "must be without slashes and not empty"
-            given = "" if isinstance(item["input"], (dict, list)) else f" (given: {item['input']!r})"
-            lines.append(f"  {where}: {message}{given}")
-    return ("\n".join(lines),)
+            message = item["msg"].removeprefix("Value error, ").replace("Input should", "should").replace("String", "")
+            if not isinstance(item["input"], (dict, list)):
+                given[where] = f" (given: {item['input']!r})"
+        problems.setdefault(where, []).append(message.strip())
+    lines = [f"  {where}: {', or '.join(messages)}{given.get(where, '')}" for where, messages in problems.items()]
+    return "\n".join([f"{place}: {len(problems)} problem(s) in the recipe.", *lines])
 
 
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    model: type[BaseModel] = Recipe
-    for part in location:
-        field = model.model_fields.get(str(part))
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+def _setting(location: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
+    """The setting that a place in pydantic's tree means (without the kinds it tried), and the keys known beside it."""
+    model: type[BaseModel] | None = Recipe
+    parts: list[str] = []
+    known: list[str] = []
+    for part in map(str, location):
+        parts.append(part)
+        if model is None:
             break
-        model = field.annotation
-    return list(model.model_fields)
+        known = list(model.model_fields)
+        field = model.model_fields.get(part)
+        annotation = field.annotation if field is not None else None
+        model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+        if model is None:
+            break
+    return parts, known
 
 
 def recipe_schema() -> dict[str, Any]:

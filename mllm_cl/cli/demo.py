@@ -16,7 +16,7 @@ def demo(
     methods: Annotated[str, typer.Option(help="Which of the methods, with commas.")] = ",".join(METHODS),
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything that is random.")] = 0,
 ) -> None:
-    """Teach seven small tasks with several methods and compare what is kept: four minutes, nothing to download.
+    """Teach six small tasks with several methods and compare what is kept: four minutes, nothing to download.
 
     LLaVA-c (spectral consolidation and inquiry regularization) beside plain fine-tuning, replay and joint training.
     The same command continues a demo that was interrupted.

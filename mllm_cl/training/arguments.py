@@ -113,7 +113,7 @@ def training_arguments(section: dict[str, Any], folder: Path, seed: int) -> Trai
     Raises:
         RecipeError: `TrainingArguments` refuses a value.
     """
-    settings = DEFAULTS | section | {"use_cpu": runs_on_cpu(section)}
+    settings: dict[str, Any] = DEFAULTS | section | {"use_cpu": runs_on_cpu(section)}
     for name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"):
         value = settings.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:

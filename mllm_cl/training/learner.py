@@ -93,7 +93,7 @@ class Learner:
         self.max_rank = max_rank or 4 * self.lora.r
         self.truncation_error = 0.0
         self._seen: list[Task] = []
-        self.model.get_base_model()._mllm_cl_learner = self  # found again by `Learner.of` in a user's own loop
+        vars(self.model.get_base_model())["_mllm_cl_learner"] = self  # found again by `Learner.of` in a user's own loop
         self._deploy()
 
     @staticmethod

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -17,6 +18,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import torch
 
 torch.set_num_threads(1)
+
+from torch.nn.parallel import DistributedDataParallel
 
 from mllm_cl.errors import MllmClError
 from mllm_cl.recipe import load_recipe
@@ -56,7 +59,9 @@ def main() -> None:
         except Exception:
             outcome[request["name"]] = traceback.format_exc()
             break  # the other process waits for this one
-    result = {"outcome": outcome, "written": sorted(set(written))}
+    gc.collect()
+    wrappers = sum(isinstance(thing, DistributedDataParallel) for thing in gc.get_objects())
+    result = {"outcome": outcome, "written": sorted(set(written)), "wrappers": wrappers}
     Path(f"{sys.argv[1]}.{rank}").write_text(json.dumps(result))
 
 

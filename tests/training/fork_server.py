@@ -2,8 +2,8 @@
 
 Everything is imported once; a child costs no more than the run itself. Faults are injected here, by replacing functions of the
 package in the child: `{"at": POINT, "n": 2, "when": "before" | "after"}` kills the child with SIGKILL around the n-th call of
-POINT, which is `module:Class.function`, `replace:NAME` (a file or folder of that name gets into place), `append:EVENT` (a line of the
-ledger) or `any` (whatever can be told apart from outside); `"torn": "ledger" | "predictions"` leaves half a line behind.
+POINT, which is `module:Class.function`, `replace:NAME` (a file or folder of that name gets into place), `append:EVENT` (a line
+of the ledger) or `any` (whatever can be told apart from outside); `"torn": "ledger" | "predictions"` leaves half a line behind.
 """
 
 from __future__ import annotations

@@ -163,9 +163,9 @@ def test_what_is_missing_is_named(new_model, stream, arguments):
         LlavaCTrainer(model=model, args=arguments(), train_dataset=rows)
     with pytest.raises(DataError, match="train_dataset: has no rows to train on"):
         ContinualTrainer(model=model, args=arguments(), processing_class=processor)
+    best = arguments(load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps")
     with pytest.raises(RecipeError, match="load_best_model_at_end"):
-        settings = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
-        ContinualTrainer(model=model, args=arguments(**settings), train_dataset=rows, processing_class=processor)
+        ContinualTrainer(model=model, args=best, train_dataset=rows, processing_class=processor)
     plain = get_peft_model(model, LoraConfig(target_modules=lora_targets(model)), adapter_name="other")
     with pytest.raises(MllmClError, match="no LoRA adapter called 'default'"):
         ContinualTrainer(model=plain, args=arguments(), train_dataset=rows, processing_class=processor)

@@ -1,4 +1,4 @@
-"""The run folder: what is in it, when it may be continued, what the matrix holds, and that the same recipe gives the same bytes."""
+"""The run folder: what is in it, when it may be continued, what the matrix holds; the same recipe gives the same bytes."""
 
 from __future__ import annotations
 

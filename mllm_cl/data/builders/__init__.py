@@ -20,7 +20,7 @@ class Entry(NamedTuple):
 STREAMS: dict[str, Entry] = {
     "quickstart": Entry(
         "mllm_cl.data.builders.quickstart:build",
-        "seven instruction tasks on real images from ordinary packages; nothing to download",
+        "six instruction tasks on real images from ordinary packages; nothing to download",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""The quickstart stream: seven small instruction tasks on real images, none of which the tiny LLaVA knows beforehand.
+"""The quickstart stream: six small instruction tasks on real images, none of which the tiny LLaVA knows beforehand.
 
 | task | images | answers | format |
 |---|---|---|---|
@@ -8,12 +8,10 @@
 | `surface-options` | brick, grass, gravel, moon, handwriting | A, B | option letter |
 | `coin-count` | one to four ancient coins | 1, 2, 3, 4 | number |
 | `ink-list` | one or two digits in coloured ink | teal, pink, brown, lime | list |
-| `letter-caption` | eight letters in unusual fonts | upright letter W, slanted letter Q, ... (16) | caption |
 
 Each has 640 training, 80 validation and 160 test rows. Images, questions and words of the answers do not occur in the
-general
-mixture (`mllm_cl.data.builders.general`); yes, no, the option letters and the numerals are answer formats and do. No
-source image (digit, face, coin, font, tile of a photograph) is in two splits; see `mllm_cl.data.builders.sources`,
+general mixture (`mllm_cl.data.builders.general`); yes, no, the option letters and the numerals are answer formats and do. No
+source image (digit, face, coin, tile of a photograph) is in two splits; see `mllm_cl.data.builders.sources`,
 which also says where they come from. Tasks share images (`digit-parity`, `compass` and `ink-list`; `compass` and
 `coin-count`), so a model trained on all of them must read the question.
 """
@@ -29,8 +27,6 @@ from PIL import Image
 from mllm_cl.data.builders.general import generator
 from mllm_cl.data.builders.scenes import SIZE, background, choose, paint, place_at, sample, tinted
 from mllm_cl.data.builders.sources import (
-    FONTS,
-    STREAM_LETTERS,
     STREAM_PHOTOS,
     coin,
     coin_shares,
@@ -39,8 +35,6 @@ from mllm_cl.data.builders.sources import (
     digits,
     face_patch,
     face_shares,
-    glyph_mask,
-    is_slanted,
     photo_crop,
 )
 from mllm_cl.data.images import encode_png
@@ -141,14 +135,6 @@ def _ink_list(rng: np.random.Generator, part: str) -> Example:
     return page, {}, ", ".join(inks), " ".join(sources)
 
 
-def _letter_caption(rng: np.random.Generator, part: str) -> Example:
-    font, letter = choose(rng, FONTS[part]), choose(rng, STREAM_LETTERS)
-    page, mask = _page(rng), glyph_mask(font, letter, int(rng.integers(22, 28)))
-    paint(page, mask, _ink_on(rng, page)[1], *place_at(rng, mask, (0.5, 0.5), 2.0))
-    style = "slanted" if is_slanted(font) else "upright"
-    return page, {}, f"{style} letter {letter}", f"glyph:{font}:{letter}"
-
-
 # task -> (how an example is drawn, its questions, longest answer in tokens, one line for listings)
 TASKS: dict[str, tuple[Callable[[np.random.Generator, str], Example], tuple[str, ...], int, str]] = {
     "digit-parity": (
@@ -186,12 +172,6 @@ TASKS: dict[str, tuple[Callable[[np.random.Generator, str], Example], tuple[str,
         ("List every ink that was used, starting at the left edge.", "With which inks was this written?"),
         16,
         "In which inks were the digits written, from left to right? A list.",
-    ),
-    "letter-caption": (
-        _letter_caption,
-        ("Caption this type specimen.", "Describe the glyph for a font catalogue."),
-        16,
-        "Style and name of a printed letter. A short caption.",
     ),
 }
 QUICKSTART_TASKS = tuple(TASKS)

@@ -1,8 +1,8 @@
 """Pictures with known contents: the raw material of the general mixture.
 
-A `Picture` holds one or two 32x32 images, their sources and the facts that questions are asked about. Six families:
+A `Picture` holds a 32x32 image, its source and the facts that questions are asked about. Families:
 `digit`, `letter`, `shape` (one object, any colour, size, place and background), `several` (two to four shapes),
-`photo` (a crop of a photograph, in colour or grey), `pair` (two images side by side in the conversation).
+`photo` (a crop of a photograph, in colour or grey), `text` (no image, a question about words).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Picture:
 
     Args:
         family (`str`): which facts there are.
-        images (`tuple`): one or two RGB images, none for plain text questions.
+        images (`tuple`): one RGB image, none for plain text questions.
         sources (`tuple[str, ...]`): the real images used; see `mllm_cl.data.builders.sources`.
         facts (`dict`): what can be asked.
     """
@@ -195,19 +195,6 @@ def photo_picture(rng: np.random.Generator, part: str) -> Picture:
     return Picture("photo", (image,), (source,), {"name": name, "tone": tone})
 
 
-def pair_picture(rng: np.random.Generator, part: str) -> Picture:
-    """Returns two images that differ in a photograph, a shape and a colour."""
-    make = choose(rng, (photo_picture, shape_picture))
-    first = make(rng, part)
-    second = make(rng, part)
-    while second.facts["name"] == first.facts["name"] or second.facts.get("colour", 1) == first.facts.get("colour", 2):
-        second = make(rng, part)
-    facts = {"of": first.family, "names": [first.facts["name"], second.facts["name"]]}
-    if first.family == "shape":
-        facts["colours"] = [first.facts["colour"], second.facts["colour"]]
-    return Picture("pair", first.images + second.images, first.sources + second.sources, facts)
-
-
 def text_picture(rng: np.random.Generator, part: str) -> Picture:
     """Returns no image at all: the question stands alone."""
     return Picture("text")
@@ -216,10 +203,9 @@ def text_picture(rng: np.random.Generator, part: str) -> Picture:
 FAMILIES: dict[str, tuple[float, Callable[[np.random.Generator, str], Picture]]] = {
     "digit": (0.27, digit_picture),
     "letter": (0.21, letter_picture),
-    "shape": (0.09, shape_picture),
+    "shape": (0.12, shape_picture),
     "several": (0.19, several_picture),
-    "photo": (0.16, photo_picture),
-    "pair": (0.05, pair_picture),
+    "photo": (0.18, photo_picture),
     "text": (0.03, text_picture),
 }
 

@@ -140,16 +140,6 @@ WORDINGS: dict[str, Wording] = {
         ),
         ("Is there a {colour} {thing}?", "Is the colour of the {thing} {colour}?"),
     ),
-    "shape_yes_no": Wording(
-        "yes_no",
-        (
-            "Is there a {shape}?",
-            "Do you see a {shape}?",
-            "Does the picture show a {shape}?",
-            "Can you see a {shape} here?",
-        ),
-        ("Is a {shape} in the picture?", "Can you see a {shape}?"),
-    ),
     "photo": Wording(
         "word",
         (
@@ -210,16 +200,6 @@ WORDINGS: dict[str, Wording] = {
         ),
         ("Tell me the colours from left to right.", "List the colours, left to right."),
     ),
-    "list_shapes": Wording(
-        "list",
-        (
-            "List the shapes from left to right.",
-            "Name the shapes from left to right.",
-            "Which shapes do you see from left to right?",
-            "Give the list of shapes, left to right.",
-        ),
-        ("Tell me the shapes from left to right.", "List the shapes, left to right."),
-    ),
     "side": Wording(
         "word",
         (
@@ -229,16 +209,6 @@ WORDINGS: dict[str, Wording] = {
             "Look at the {side}. Which {what} is there?",
         ),
         ("Which {what} is on the {side}?", "Look at the {side} side. What {what} is there?"),
-    ),
-    "which_picture": Wording(
-        "word",
-        (
-            "Which picture shows a {name}, the first or the second?",
-            "Where is the {name}, in the first or the second picture?",
-            "First or second picture: which shows the {name}?",
-            "In which picture do you see the {name}?",
-        ),
-        ("Which picture shows the {name}?", "In which picture is the {name}, the first or the second?"),
     ),
     "caption": Wording(
         "caption",
