@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAINING = {"learning_rate": 1e-2, "num_train_epochs": 2.5, "per_device_train_batch_size": 16}
+TRAINING = {"learning_rate": 3e-3, "num_train_epochs": 3, "per_device_train_batch_size": 16}
 METHODS: dict[str, list[Any]] = {
     "finetune": ["finetune"],
     "ewc": ["ewc"],

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from peft import LoraConfig
 
@@ -111,28 +112,38 @@ def check_lora(settings: dict) -> LoraConfig:
     """Returns the LoRA configuration of the recipe.
 
     Raises:
-        RecipeError: an unknown key, or a value that PEFT refuses.
+        RecipeError: an unknown key, or a value that PEFT or we refuse.
     """
     known = [name for name in inspect.signature(LoraConfig).parameters if name not in ("task_type", "peft_type")]
     for key in settings:
         if key not in known:
             raise RecipeError(f"model.lora.{key}: unknown key.", expected=suggest(key, known))
-    for key in ("use_dora", "modules_to_save", "target_parameters", "layer_replication", "lora_bias"):
-        if settings.get(key):
-            raise RecipeError(f"model.lora.{key}: not supported; the update must be exactly B A.", fix="remove it.")
-    if settings.get("init_lora_weights", True) not in (True, "gaussian", "orthogonal"):
-        raise RecipeError(
-            f"model.lora.init_lora_weights: {settings['init_lora_weights']!r} changes the base weights, or starts with an "
-            "update that is not zero.",
-            expected="true, gaussian or orthogonal",
-            fix="remove the line.",
-        )
-    if settings.get("bias", "none") != "none":
-        raise RecipeError("model.lora.bias: base weights are never trained.", expected="none", fix="remove the line.")
     rank = settings.get("r", 8)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise RecipeError(f"model.lora.r: {rank!r} is not a rank.", expected="a whole number of at least 1")
+    check_plain(settings, "model.lora")
     try:
         return LoraConfig(**settings)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"model.lora: PEFT refuses these settings ({error}).") from error
+
+
+def check_plain(settings: Mapping[str, Any], place: str) -> None:
+    """Refuses LoRA settings that change the base weights, or whose update is not exactly B A.
+
+    Raises:
+        RecipeError: there is such a setting.
+    """
+    for key in ("use_dora", "modules_to_save", "target_parameters", "layer_replication", "lora_bias"):
+        if settings.get(key):
+            raise RecipeError(f"{place}.{key}: not supported; the update must be exactly B A.", fix="remove it.")
+    for key in ("bias", "trainable_token_indices"):
+        if settings.get(key) not in (None, "none"):
+            raise RecipeError(f"{place}.{key}: base weights are never trained.", expected="none", fix="remove it.")
+    start = settings.get("init_lora_weights", True)
+    if start not in (True, "gaussian", "orthogonal"):
+        raise RecipeError(
+            f"{place}.init_lora_weights: {start!r} changes the base weights, or starts with an update that is not zero.",
+            expected="true, gaussian or orthogonal",
+            fix="remove it.",
+        )

@@ -30,6 +30,7 @@ from mllm_cl.methods.spectral_consolidation import SpectralConsolidation
 from mllm_cl.models import adapters
 from mllm_cl.streams import Stream, Task
 from mllm_cl.training.arguments import adapt_arguments
+from mllm_cl.training.capabilities import check_plain
 from mllm_cl.training.checkpoint import CheckpointedTrainer, load_tree, save_tree
 from mllm_cl.training.learner import Learner
 from mllm_cl.training.states import load_states, save_states
@@ -116,6 +117,8 @@ class ContinualTrainer(CheckpointedTrainer):
                 f"{type(self).__name__}: `{missing}` is missing.",
                 expected="`model` (the same object for every task) and `processing_class` (its processor)",
             )
+        if peft_config is not None:
+            check_plain(vars(peft_config), "peft_config")
         known = Learner.of(model)
         return known or Learner(
             model, processor, self.default_methods() if methods is None else methods, peft_config, seed=seed

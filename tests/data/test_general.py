@@ -86,7 +86,6 @@ def test_parts_of_every_source_are_disjoint():
         assert len(members) == len(set(members))
     assert len(sources.COIN_CENTRES) == sum(sources.COIN_COUNTS.values())
     assert not set(sources.GENERAL_PHOTOS) & set(sources.STREAM_PHOTOS)
-    assert not set(sources.GENERAL_LETTERS) & set(sources.STREAM_LETTERS)
 
 
 def test_paraphrases_of_the_benchmark_are_held_out(splits):

@@ -50,7 +50,7 @@ VARIANTS: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-def torchrun(requests: list[dict[str, Any]], folder: Path, timeout: int = 300) -> tuple[int, list[dict[str, Any]], str]:
+def torchrun(requests: list[dict[str, Any]], folder: Path, timeout: int = 900) -> tuple[int, list[dict[str, Any]], str]:
     """Returns the exit code, what each process reports and the log."""
     path = folder / "requests.json"
     path.write_text(json.dumps(requests))

@@ -166,6 +166,11 @@ def test_what_is_missing_is_named(new_model, stream, arguments):
     best = arguments(load_best_model_at_end=True, eval_strategy="steps", save_strategy="steps")
     with pytest.raises(RecipeError, match="load_best_model_at_end"):
         ContinualTrainer(model=model, args=best, train_dataset=rows, processing_class=processor)
+    pissa = LoraConfig(init_lora_weights="pissa")
+    with pytest.raises(RecipeError, match=r"peft_config\.init_lora_weights: 'pissa' changes the base weights"):
+        ContinualTrainer(
+            model=model, args=arguments(), train_dataset=rows, processing_class=processor, peft_config=pissa
+        )
     plain = get_peft_model(model, LoraConfig(target_modules=lora_targets(model)), adapter_name="other")
     with pytest.raises(MllmClError, match="no LoRA adapter called 'default'"):
         ContinualTrainer(model=plain, args=arguments(), train_dataset=rows, processing_class=processor)

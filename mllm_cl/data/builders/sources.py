@@ -59,13 +59,8 @@ FONTS = {
     ),
     "validation": ("DejaVuSansMono",),
     "test": ("DejaVuSans-Bold", "cmss10", "DejaVuSerif-Italic"),
-    "stream-train": ("STIXGeneralBol", "cmtt10", "DejaVuSansMono-BoldOblique", "cmmi10"),
-    "stream-validation": ("DejaVuSans-Oblique",),
-    "stream-test": ("cmb10", "DejaVuSerif-BoldItalic", "STIXGeneralBolIta"),
 }
-SLANTED = ("Oblique", "Italic", "BolIta", "cmti", "cmmi")
 GENERAL_LETTERS = "ABCDEFGHJKLMPRST"
-STREAM_LETTERS = "NQUVWXYZ"
 
 DIGIT_COUNTS = {  # 1,797 in all
     "train": 1000, "validation": 60, "test": 140, "stream-train": 380, "stream-validation": 67, "stream-test": 150,
@@ -170,11 +165,6 @@ def glyph_mask(font: str, letter: str, size: int) -> Image.Image:
     ink = canvas.crop(canvas.getbbox())
     scale = size / max(ink.size)
     return ink.resize((max(1, round(ink.width * scale)), max(1, round(ink.height * scale))), Image.Resampling.LANCZOS)
-
-
-def is_slanted(font: str) -> bool:
-    """True for italic and oblique fonts."""
-    return any(mark in font for mark in SLANTED)
 
 
 @lru_cache(maxsize=1)
