@@ -20,19 +20,16 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAINING = {"learning_rate": 3e-3, "num_train_epochs": 3, "per_device_train_batch_size": 16}
+TRAINING = {"learning_rate": 5e-3, "num_train_epochs": 2, "per_device_train_batch_size": 16}
 METHODS: dict[str, list[Any]] = {
     "finetune": ["finetune"],
+    "joint": ["joint"],
+    "LLaVA-c (SAC + UIR)": ["spectral_consolidation", "inquiry_regularization"],
+    "replay": [{"replay": {"size": 192, "share": 0.25, "policy": "balanced"}}],
+    "single": ["single"],
+    "task_adapters": [{"task_adapters": {"router": "prototype"}}],
     "ewc": ["ewc"],
     "lwf": ["lwf"],
-    "replay": [{"replay": {"size": 210, "share": 0.25, "policy": "balanced"}}],
-    "spectral_consolidation": ["spectral_consolidation"],
-    "inquiry_regularization": ["inquiry_regularization"],
-    "LLaVA-c (SAC + UIR)": ["spectral_consolidation", "inquiry_regularization"],
-    "task_adapters, prototype": [{"task_adapters": {"router": "prototype"}}],
-    "task_adapters, oracle": [{"task_adapters": {"router": "oracle"}}],
-    "joint": ["joint"],
-    "single": ["single"],
 }
 COLUMNS = {
     "final average": "mean_final_accuracy",

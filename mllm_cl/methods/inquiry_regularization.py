@@ -64,7 +64,7 @@ class InquiryRegularization(Method):
         self,
         *,
         preset: str = "uir_memory",
-        weight: Annotated[float, Field(ge=0)] = 4.0,
+        weight: Annotated[float, Field(ge=0)] = 2.0,
         ratio: Annotated[float, Field(gt=0)] = 1.0,
         pool: str = BUILT_IN,
         target: Literal["logits", "hidden"] | None = None,

@@ -4,10 +4,10 @@
 |---|---|---|---|
 | `digit-parity` | handwritten digits | even, odd | one word |
 | `face-check` | faces and other patches | yes, no | yes/no |
-| `compass` | a small digit or coin on a page | north west, south, centre, ... (9) | short phrase |
-| `surface-options` | brick, grass, gravel, moon, handwriting | A, B | option letter |
+| `compass` | a small digit or coin on a page | nw, s, c (centre), ... (9) | abbreviation |
+| `surface-options` | brick, grass, gravel, moon, handwriting | A, B, C, D, E | option letter |
 | `coin-count` | one to four ancient coins | 1, 2, 3, 4 | number |
-| `ink-list` | one or two digits in coloured ink | teal, pink, brown, lime | list |
+| `ink-list` | one or two digits in coloured ink | tan, rose, cyan, ice | list |
 
 Each has 640 training, 80 validation and 160 test rows. Images, questions and words of the answers do not occur in the
 general mixture (`mllm_cl.data.builders.general`); yes, no, the option letters and the numerals are answer formats and do. No
@@ -41,18 +41,21 @@ from mllm_cl.data.images import encode_png
 from mllm_cl.data.rows import Row, Rows, assistant_message, user_message
 
 SPLIT_SIZES = {"train": 640, "validation": 80, "test": 160}
-INKS = {"teal": (0, 140, 140), "pink": (250, 130, 190), "brown": (150, 90, 45), "lime": (160, 240, 60)}
+INKS = {"tan": (205, 165, 110), "rose": (250, 120, 185), "cyan": (0, 175, 185), "ice": (175, 225, 255)}
 COMPASS = {
-    "north west": (0, 0),
-    "north": (0.5, 0),
-    "north east": (1, 0),
-    "west": (0, 0.5),
-    "centre": (0.5, 0.5),
-    "east": (1, 0.5),
-    "south west": (0, 1),
-    "south": (0.5, 1),
-    "south east": (1, 1),
+    "nw": (0, 0),
+    "n": (0.5, 0),
+    "ne": (1, 0),
+    "w": (0, 0.5),
+    "c": (0.5, 0.5),
+    "e": (1, 0.5),
+    "sw": (0, 1),
+    "s": (0.5, 1),
+    "se": (1, 1),
 }
+
+SURFACES, LETTERS = tuple(STREAM_PHOTOS), "ABCDE"
+OPTIONS = " ".join(f"{letter}. {name}" for letter, name in zip(LETTERS, SURFACES))
 
 # One example: image, slots of the question, answer, source
 Example = tuple[Image.Image, dict[str, str], str, str]
@@ -100,13 +103,11 @@ def _compass(rng: np.random.Generator, part: str) -> Example:
 
 
 def _surface_options(rng: np.random.Generator, part: str) -> Example:
-    options = sample(rng, tuple(STREAM_PHOTOS), 2)
-    right = int(rng.integers(2))
-    crop, source = photo_crop(options[right], part, rng)
+    right = int(rng.integers(len(SURFACES)))
+    crop, source = photo_crop(SURFACES[right], part, rng)
     gain = rng.uniform(0.8, 1.2)
     crop = crop.point([min(255, int(gain * value)) for value in range(256)] * 3)
-    text = " ".join(f"{letter}. {option}" for letter, option in zip("AB", options))
-    return crop, {"options": text}, "AB"[right], source
+    return crop, {}, LETTERS[right], source
 
 
 def _coin_count(rng: np.random.Generator, part: str) -> Example:
@@ -152,14 +153,14 @@ TASKS: dict[str, tuple[Callable[[np.random.Generator, str], Example], tuple[str,
     "compass": (
         _compass,
         ("If north is up, where on the page does the mark lie?", "Give the compass direction of the mark."),
-        16,
-        "Where on the page is the small mark, as a compass direction? A short phrase.",
+        6,
+        "Where on the page is the small mark, as a compass direction? An abbreviation.",
     ),
     "surface-options": (
         _surface_options,
-        ("Which surface has been photographed? {options}", "Pick the material in this close-up: {options}"),
+        (f"Which surface has been photographed? {OPTIONS}", f"Pick the material in this close-up: {OPTIONS}"),
         4,
-        "Which of two surfaces is in the close-up? An option letter.",
+        "Which of five surfaces is in the close-up? An option letter.",
     ),
     "coin-count": (
         _coin_count,
