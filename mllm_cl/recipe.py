@@ -108,7 +108,7 @@ class MethodSpec(Section):
 class Recipe(Section):
     """A whole recipe; the defaults train the built-in model."""
 
-    name: str = Field(description="name of the run, shown in reports", pattern=r"^[^/\\\x00]+$")
+    name: str = Field(description="name of the run, shown in reports")
     output_dir: str = Field(description="folder of the run")
     seed: int = Field(default=0, ge=0, lt=2**32, description="seed of everything that is random")
     model: ModelSection = Field(default_factory=ModelSection)
@@ -116,6 +116,13 @@ class Recipe(Section):
     methods: list[MethodSpec] = Field(default_factory=list, description="methods in this order; `finetune` when empty")
     training: dict[str, Any] = Field(default_factory=dict, description="passed to transformers.TrainingArguments")
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+
+    @field_validator("name")
+    @classmethod
+    def _one_line(cls, name: str) -> str:
+        if not name.strip() or any(character in "/\\" or not character.isprintable() for character in name):
+            raise ValueError("must be one line of text without slashes")
+        return name
 
     @field_validator("methods", mode="before")
     @classmethod
@@ -260,13 +267,13 @@ def _method_options(methods: list[Any], key: str, override: str) -> tuple[dict[s
             options = entry[name] if isinstance(entry, dict) else None
             methods[position] = {name: options or {}}
             return methods[position][name], key.removeprefix(f"{name}.")
-    given = key.partition(".")[0]
-    if given in names or not names:
-        raise RecipeError(
-            f"{override!r}: {'which option?' if names else 'the recipe lists no methods.'}",
-            expected="methods=[NAME, ...] or methods.NAME.option=value",
-        )
-    raise RecipeError(f"{override!r}: the recipe has no method {given!r}.", expected=suggest(given, names))
+    given, dot, _ = key.partition(".")
+    if not dot:
+        raise RecipeError(f"{override!r}: methods is a list.", expected="methods=[...] or methods.NAME.option=value")
+    raise RecipeError(
+        f"{override!r}: the recipe has no method {given!r}.",
+        expected=suggest(given, names) if names else "methods=[...], since the recipe lists none",
+    )
 
 
 def _explain(place: str, error: ValidationError) -> str:

@@ -132,7 +132,7 @@ def test_overrides_of_methods():
         (["name=[a"], "the value is not YAML"),
         (["seed.deep=3", "seed=3"], None),
         (["methods.replya.size=3"], "has no method 'replya'.\n  expected: did you mean 'replay'?"),
-        (["methods.replay=3"], "expected: methods=[NAME, ...] or methods.NAME.option=value"),
+        (["methods.replay=3"], "methods is a list.\n  expected: methods=[...] or methods.NAME.option=value"),
         (["traning.x=1"], "traning: unknown key; did you mean 'training'?"),
         (["model.lroa={}"], "model.lroa: unknown key; did you mean 'lora'?"),
         (["evaluation.batch_size=many"], "evaluation.batch_size: should be 'auto', or should be a valid integer"),
@@ -144,7 +144,9 @@ def test_overrides_of_methods():
         (["model=3"], "model: should be a valid dictionary"),
         (["methods=finetune"], "methods: must be a list such as `- replay: {size: 100}`"),
         (["methods=[{a: 1}]"], "methods: the options of 'a' must be a mapping, not 1"),
-        (["name=a/b"], "name: should match pattern"),
+        (["name=a/b"], "name: must be one line of text without slashes (given: 'a/b')"),
+        (["name='a\n\nb'"], "name: must be one line of text without slashes"),
+        (["name=' '"], "name: must be one line of text without slashes"),
     ],
 )
 def test_mistakes_are_explained(overrides, message):

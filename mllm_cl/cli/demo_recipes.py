@@ -13,7 +13,7 @@ from typing import Any
 DEMO: dict[str, Any] = {
     "limit": {"train": 320, "validation": 40, "test": 60},
     "num_train_epochs": 2,
-    "learning_rate": 2.0e-3,
+    "learning_rate": 5.0e-3,
     "per_device_train_batch_size": 16,
     "lora": {"r": 8, "lora_alpha": 16},
     "general": ["quickstart-general"],

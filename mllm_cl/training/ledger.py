@@ -45,7 +45,7 @@ class Ledger:
             raise ValueError("no event")
         except (ValueError, TypeError) as error:
             raise RunError(
-                f"{self.path}: line {number} is not an entry ({error}).",
+                f"{self.path}: line {number} is not JSON of a run ({error}).",
                 expected="one JSON object per line, as the run wrote it",
                 fix="restore the file, or start in another output_dir.",
             ) from error

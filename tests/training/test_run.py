@@ -180,7 +180,7 @@ def test_a_broken_ledger_is_refused(copy):
     lines = (copy / "ledger.jsonl").read_text().splitlines()
     for broken in (lines[2][:20], "[]", '{"stage": 1}'):
         (copy / "ledger.jsonl").write_text("\n".join([*lines[:2], broken, *lines[3:]]) + "\n")
-        with pytest.raises(RunError, match=r"ledger\.jsonl: line 3 is not an entry"):
+        with pytest.raises(RunError, match=r"ledger\.jsonl: line 3 is not JSON of a run"):
             run_stream(same_recipe(copy))
 
 
