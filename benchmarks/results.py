@@ -15,6 +15,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def read(output: Path, name: str, seeds: list[int]) -> list[dict[str, Any]]:
     return found
 
 
-def spread(values: list[float | None]) -> str:
+def spread(values: Sequence[float | None]) -> str:
     """Mean ± standard deviation over seeds."""
     known = [value for value in values if value is not None]
     if not known:
@@ -114,7 +115,7 @@ def page(output: Path, seeds: list[int]) -> str:
         "<!-- Written by benchmarks/results.py; run it again rather than editing this page. -->",
         "# Results on the quickstart stream",
         "",
-        f"Tasks in order: {tasks}; {rows} test rows in all, exact match in percent, {len(seeds)} seeds ({seeds}), mean ±",
+        f"Tasks in order: {tasks}; {rows} test rows in all, exact match in percent, seeds {seeds}, mean ±",
         f"standard deviation over seeds. tiny-llava, LoRA r 8 on the language part, {settings}; every method with its",
         "defaults unless `benchmarks/results.py` says otherwise. The general benchmark (`quickstart-general`) is at",
         f"{base} % before the first task. Nothing here was chosen on test rows.",

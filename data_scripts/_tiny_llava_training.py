@@ -205,7 +205,8 @@ def loss_of(model: LlavaForConditionalGeneration, batch: list[Sample], pixels: t
         rows = [getattr(sample, name) + [fill] * (length - len(sample.tokens)) for sample in batch]
         return torch.tensor(rows)
 
-    tokens, targets = padded("tokens", model.config.text_config.pad_token_id), padded("targets", IGNORED)
+    tokens = padded("tokens", 0)  # the padding token
+    targets = padded("targets", IGNORED)
     branches, positions = padded("branches", -1), padded("positions", 0)
     # (batch, 1, length, length): a token sees what came before it in branch 0 and in its own branch
     same = (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
@@ -264,7 +265,7 @@ def train_eyes(
     labels = torch.tensor([facts_of(pictures[index]) for index in chosen])
     rows = torch.tensor([samples[index].pixels[0] for index in chosen])
     tower = model.model.vision_tower
-    hidden = model.config.vision_config.hidden_size
+    hidden = tower.embeddings.position_embedding.embedding_dim
     sizes = [len(classes) for classes in FACTS.values()]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

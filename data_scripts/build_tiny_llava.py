@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any, cast
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -28,33 +29,9 @@ from rich.console import Console
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from mllm_cl.data.builders.general import general_pictures, general_rows
-from mllm_cl.data.images import load_image
 from mllm_cl.data.rows import Rows
+from mllm_cl.evaluation.engine import GenerationSettings, generate
 from mllm_cl.models.tiny import build_model, build_processor, tiny_llava_folder, train_tokenizer
-
-
-@torch.inference_mode()
-def answers_of(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, rows: Rows, batch_size: int = 100
-) -> list[str]:
-    """Returns the greedy answers to rows, generated in batches of similar rows."""
-    answers = [""] * len(rows)
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]["images"]))
-    for start in range(0, len(order), batch_size):
-        chunk = order[start : start + batch_size]
-        prompts = [
-            processor.apply_chat_template(rows[index]["messages"], add_generation_prompt=True, tokenize=False)
-            for index in chunk
-        ]
-        images = [load_image(reference) for index in chunk for reference in rows[index]["images"]]
-        inputs = processor(
-            text=prompts, images=images or None, return_tensors="pt", padding=True, add_special_tokens=False
-        )
-        output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
-        texts = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for index, text in zip(chunk, texts):
-            answers[index] = text.strip()
-    return answers
 
 
 def benchmark(
@@ -62,7 +39,8 @@ def benchmark(
 ) -> tuple[float, dict[str, float]]:
     """Returns the exact match in percent, overall and per kind."""
     hits = defaultdict(list)
-    for row, answer in zip(rows, answers_of(model, processor, rows)):
+    answers = generate(model, processor, rows, GenerationSettings(max_new_tokens=24))
+    for row, answer in zip(cast("list[dict[str, Any]]", list(rows)), answers):
         hits[row["kind"]].append(answer in row["answers"])
     return 100 * float(np.mean([hit for hits_of_kind in hits.values() for hit in hits_of_kind])), {
         kind: 100 * float(np.mean(hit)) for kind, hit in hits.items()

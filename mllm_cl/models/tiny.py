@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -172,6 +173,12 @@ def build_model(
         pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=True,
     )
+    shared: dict[str, Any] = {
+        "initializer_range": 0.06,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
@@ -180,10 +187,7 @@ def build_model(
         vision_feature_select_strategy="default",
         vision_feature_layer=-1,  # of three layers the usual -2 would waste one
         tie_word_embeddings=True,
-        initializer_range=0.06,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **shared,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -213,7 +213,9 @@ def test_shipped_weights_reach_the_stated_accuracy(model, processor):
         hits.setdefault(row["kind"], []).append(answer in row["answers"])
     overall = sum(map(sum, hits.values())) / len(rows)
     assert overall >= 0.80
-    assert sum(sum(hit) / len(hit) >= 0.7 for hit in hits.values()) >= 12  # kinds it can really do; the README lists all
+    assert (
+        sum(sum(hit) / len(hit) >= 0.7 for hit in hits.values()) >= 12
+    )  # kinds it can really do; the README lists all
     assert f"**{100 * overall:.1f} %**" in (tiny_llava_folder() / "README.md").read_text(encoding="utf-8")
 
 
