@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 import mllm_cl
-from mllm_cl.cli import compare, data, demo, doctor, evaluate, matrix, methods, report, run
+from mllm_cl.cli import compare, consolidate, data, demo, doctor, evaluate, matrix, methods, report, run
 from mllm_cl.cli.quiet import be_quiet
 from mllm_cl.errors import MllmClError
 
@@ -81,8 +81,12 @@ for verb, example in (
     (matrix.matrix, "mllm-cl matrix runs/demo/llava_c --csv > matrix.csv"),
     (report.report, "mllm-cl report runs/demo/llava_c --baseline runs/demo/finetune"),
     (compare.compare, "mllm-cl compare runs/demo/finetune runs/demo/llava_c --output_path runs/compare"),
+    (
+        consolidate.consolidate,
+        "mllm-cl consolidate runs/a/stages/01-plates/adapter other/adapter --rate power_up --out merged",
+    ),
     (methods.methods, "mllm-cl methods replay"),
     (doctor.doctor, "mllm-cl doctor"),
 ):
-    app.command(epilog=f"Example: {example}", no_args_is_help=verb in (run.run, evaluate.evaluate))(verb)
+    app.command(epilog=f"Example: {example}", no_args_is_help=verb in (run.run, evaluate.evaluate, consolidate.consolidate))(verb)
 app.add_typer(data.app, name="data")

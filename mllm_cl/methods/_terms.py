@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax
+from torch.nn.functional import cosine_similarity, log_softmax
 
 
 def target_logits(logits: Tensor, labels: Tensor, ignored: int = -100) -> Tensor:
@@ -42,7 +42,9 @@ def top_log_probabilities(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, ids
 
 
-def top_k_divergence(logits: Tensor, reference_log_probabilities: Tensor, ids: Tensor) -> Tensor:
+def top_k_divergence(
+    logits: Tensor, reference_log_probabilities: Tensor, ids: Tensor, *, reverse: bool = False
+) -> Tensor:
     """KL(p_ref ‖ p) per position, with everything outside the reference's top k as one further outcome.
 
     Zero, with zero gradient, where p = p_ref; a lower bound of the full divergence (data-processing inequality).
@@ -50,29 +52,40 @@ def top_k_divergence(logits: Tensor, reference_log_probabilities: Tensor, ids: T
     Args:
         logits: (N, V) of the current model.
         reference_log_probabilities, ids: (N, k) as `top_log_probabilities` returns them.
+        reverse: KL(p ‖ p_ref) instead.
 
     Returns:
         (N,)
     """
     current = log_softmax(logits.float(), dim=-1).gather(-1, ids)
     reference = reference_log_probabilities
-    inside = (reference.exp() * (reference - current)).sum(dim=-1)
-    if ids.shape[-1] == logits.shape[-1]:
-        return inside
+    if ids.shape[-1] < logits.shape[-1]:
+        current, reference = _with_rest(current), _with_rest(reference)
+    if reverse:
+        current, reference = reference, current
+    return (reference.exp() * (reference - current)).sum(dim=-1)
+
+
+def _with_rest(log_probabilities: Tensor) -> Tensor:
+    """Appends the logarithm of what is missing to 1: (N, k) -> (N, k + 1)."""
     smallest = torch.finfo(torch.float32).eps
-    rest = (1 - reference.exp().sum(dim=-1)).clamp_min(smallest)
-    current_rest = (1 - current.exp().sum(dim=-1)).clamp_min(smallest)
-    return inside + rest * (rest.log() - current_rest.log())
+    rest = (1 - log_probabilities.exp().sum(dim=-1, keepdim=True)).clamp_min(smallest)
+    return torch.cat([log_probabilities, rest.log()], dim=-1)
 
 
 def normalised_distance(hidden: Tensor, reference: Tensor) -> Tensor:
-    """‖n(h) − n(h_ref)‖² / D per position, n(h) = h / rms(h): (N, D), (N, D) -> (N,)."""
+    """‖n(h) − n(h_ref)‖² / D per position, n(h) = h / rms(h): (N, ..., D), (N, ..., D) -> (N, ...)."""
 
     def normalise(states: Tensor) -> Tensor:
         states = states.float()
         return states / states.pow(2).mean(dim=-1, keepdim=True).add(1e-12).sqrt()
 
     return (normalise(hidden) - normalise(reference)).pow(2).mean(dim=-1)
+
+
+def cosine_distance(hidden: Tensor, reference: Tensor) -> Tensor:
+    """1 − cos(h, h_ref) over the last dimension: (N, ..., D), (N, ..., D) -> (N, ...)."""
+    return 1 - cosine_similarity(hidden.float(), reference.float(), dim=-1)
 
 
 def quadratic_penalty(

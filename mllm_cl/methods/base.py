@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -29,6 +30,14 @@ ReferenceKind = Literal["base", "previous"]
 ShareOf = Literal["step", "tokens", "inquiry"]
 
 
+@dataclass
+class Epochs:
+    """How often the rows of the task are gone through, and which pass this is (from 0)."""
+
+    total: int = 1
+    current: int = 0
+
+
 @dataclass(frozen=True)
 class Context:
     """What a method may see and use while one task is learnt.
@@ -41,14 +50,17 @@ class Context:
         processor: the model's processor.
         accelerator: for gathering over processes.
         rng: a CPU generator seeded from the recipe's seed and the stage.
-        options: settings of the run that methods share (`max_rank`, ...).
+        max_rank: largest rank of the consolidated adapter.
+        cache: folder for what is computed once per task; gone when the stage is complete.
         reference: `with ctx.reference("base" | "previous"):` runs the model as it was before the first task or before
             this task, without gradients and without dropout.
+        reference_key: identifies the weights of a reference, for cache keys.
         generate: rows, longest answer -> greedy answers of the model as it is (or of the reference around the call).
         embed: rows -> (rows, features) float32 embedding by the untouched base.
         calibration: number of rows, rows per batch -> collated training batches of this task, drawn with the stage's
             seed.
         collate: rows -> model inputs with labels, on the model's device.
+        epochs: the passes over the rows; `current` moves while the task trains.
         cost: what the method spends beyond a plain step (`inquiry_rows`, `extra_forward_passes`); goes into the ledger.
     """
 
@@ -59,12 +71,15 @@ class Context:
     processor: ProcessorMixin
     accelerator: Accelerator
     rng: torch.Generator
-    options: Mapping[str, Any]
+    max_rank: int
+    cache: Path
     reference: Callable[[ReferenceKind], AbstractContextManager[None]]
+    reference_key: Callable[[ReferenceKind], str]
     generate: Callable[[Sequence[Row], int], list[str]]
     embed: Callable[[Sequence[Row]], Tensor]
     calibration: Callable[[int, int], Iterable[dict[str, Any]]]
     collate: Callable[[Sequence[Row]], dict[str, Any]]
+    epochs: Epochs = field(default_factory=Epochs)
     cost: Counter[str] = field(default_factory=Counter)
 
     def seed(self) -> int:
@@ -119,9 +134,12 @@ class Method:
         name: the word in a recipe.
         summary: one line for the catalogue.
         needs: facilities: `past_rows` (train rows of earlier tasks), `all_rows` (of later ones too), `previous`
-            (the model of the last stage as reference), `generate`, `task_id` (the task of a test row).
+            (the model of the last stage as reference), `generate`, `task_id` (the task of a test row), `continued`
+            (every task goes on from the adapter as the last one left it).
         supports: launchers it is correct under.
         adapters: the adapter policy it requires; `None` when any will do.
+        roles: what only one method of a recipe can do: `consolidation` (writes the deployed adapter after a task),
+            `initialisation` (chooses or freezes a factor of the fresh adapter), `routing`.
         measures: `seen` (all tasks so far) or `current` (only the task just learnt).
     """
 
@@ -130,6 +148,7 @@ class Method:
     needs: ClassVar[frozenset[str]] = frozenset()
     supports: ClassVar[frozenset[str]] = frozenset({"single", "ddp"})
     adapters: ClassVar[AdapterPolicy | None] = None
+    roles: ClassVar[frozenset[str]] = frozenset()
     measures: ClassVar[Literal["seen", "current"]] = "seen"
     version: ClassVar[int] = 1
 

@@ -3,14 +3,13 @@
 Idea: while learning a task, keep answering inquiries (user turns without answers) as a frozen reference would; no label
 is read.
 Formula: L = CE + weight · mean over inquiry rows of mean over positions of d(θ, reference), d = KL over the reference's
-top-k tokens (`target: logits`) or ‖n(h) − n(h_ref)‖²/D, n(h) = h/rms(h) (`target: hidden`).
-Inquiries: general ones are held to the untouched base, those of earlier tasks (question texts only, with images of the
-current task) to the previous stage. `rollout` lets the reference write its own first tokens, so that the term sees the
-answer's onset.
-Stored per task: up to `memory` question texts. Cost per step: the inquiry rows are further rows of the batch; reference
-targets are computed once per task. Reference: LLaVA-c (arXiv 2506.08666). Fidelity: label-free regularization on
-inquiries as far as the description is public; source, target, distance and weight are our choice and may differ from
-the authors'.
+top-k tokens (`target: logits`) or ‖n(h) − n(h_ref)‖²/D, n(h) = h/rms(h) (`target: hidden_last`).
+Inquiries: general ones are held to the untouched base, those of earlier tasks (question texts only) to the previous
+stage. `rollout` lets the reference write its own first tokens, so that the term sees the answer's onset.
+Stored per task: up to `inquiry_memory` question texts. Cost per step: the inquiry rows are further rows of the batch;
+reference targets are computed once per task and read from disk. Reference: LLaVA-c (arXiv 2506.08666). Fidelity:
+label-free regularization on inquiries as far as the description is public; source, target, distance and weight are our
+choice, selected by measurement (docs/llava_c.md), and may differ from the authors'.
 """
 
 from __future__ import annotations
@@ -24,21 +23,43 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mllm_cl.data.collate import IGNORED
-from mllm_cl.data.inquiry import BUILT_IN, ask, attach, question_of, questions_of, read_pool
-from mllm_cl.data.rows import Row, assistant_message
+from mllm_cl.data.inquiry import BUILT_IN, ask, attach, question_of, questions_of, read_pool, without_format
+from mllm_cl.data.rows import Row, Rows
 from mllm_cl.errors import MethodError, suggest
-from mllm_cl.methods._terms import normalised_distance, top_k_divergence, top_log_probabilities
+from mllm_cl.methods._held import held_inquiries, reference_targets
+from mllm_cl.methods._probe import DISTANCES, Distance, Positions, Probe, Target
 from mllm_cl.methods.base import Context, Method, MethodState, ReferenceKind, TrainBatch
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "uir_memory": {"target": "logits", "rollout": 8, "images": "both", "memory": 64},
-    "uir_self": {"target": "logits", "rollout": 8, "images": "both", "memory": 0},
-    "uir_kl": {"target": "logits", "rollout": 0, "images": "none", "memory": 0},
-    "uir_feat": {"target": "hidden", "rollout": 0, "images": "none", "memory": 0},
-    "uir_image": {"target": "hidden", "rollout": 0, "images": "both", "memory": 0},
+_DEFAULTS: dict[str, Any] = {
+    "weight": 1.0,
+    "ratio": 0.25,
+    "source": "pool",
+    "modality": "text",
+    "images": "both",
+    "target": "hidden_last",
+    "positions": None,
+    "distance": "l2",
+    "rollout": 0,
+    "reference": "base",
+    "inquiry_memory": 0,
 }
-_CHUNK = 32
+_SELF = {"modality": "image", "target": "logits", "distance": "kl", "rollout": 8}
+PRESETS: dict[str, dict[str, Any]] = {
+    "uir_memory": {**_SELF, "weight": 2.0, "ratio": 1.0, "inquiry_memory": 64},
+    "uir_self": {**_SELF, "weight": 2.0, "ratio": 1.0},
+    "uir_kl": {"target": "logits", "distance": "kl"},
+    "uir_feat": {},
+    "uir_cos": {"distance": "cosine"},
+    "uir_image": {"modality": "image", "positions": "last"},
+    "uir_task": {"source": "task"},
+    "uir_prev": {"reference": "previous"},
+}
+_REQUESTS = (
+    "Ask a question about this picture.",
+    "What would you like to know about this picture?",
+    "Write an instruction that can be followed by looking at this picture.",
+)
+_WRITTEN = 32  # tokens of a generated inquiry
 
 
 class InquiryRegularization(Method):
@@ -49,11 +70,19 @@ class InquiryRegularization(Method):
         weight: λ.
         ratio: inquiry rows per task row.
         pool: `general` (built in), or a file of your own (see `mllm_cl.data.inquiry`).
-        target: what is held: `logits` or `hidden` (last hidden state after the final norm).
+        source: general inquiries come from the `pool`, are the current `task`'s questions without their format
+            instruction, half of each (`mixed`), or are written by the untouched model (`generated`).
+        modality: general inquiries are asked without pictures (`text`), with them (`image`), or in turn (`both`).
+        images: pictures of inquiries: their own (`pool`), of the current task (`task`), or in turn (`both`).
+        target: what is held: `logits`, `hidden_last` or `hidden_multi`.
+        positions: `answer` (the rollout; the default with one), `last` (where an answer would start) or `all` (every
+            token before it; the default without a rollout).
+        distance: `kl`, `reverse_kl` for logits; `l2`, `cosine` for hidden states.
         rollout: tokens that the reference writes greedily; 0 holds the inquiry alone.
-        images: for general inquiries: `none` (text only), `pool` (their own), `task` (of the current task), `both`.
-        memory: question texts kept of each task; they are held to the previous stage later. 0 keeps none.
+        reference: what general inquiries are held to: the untouched `base` or the `previous` stage.
+        inquiry_memory: question texts kept of each task; they are held to the previous stage later. 0 keeps none.
         top_k: tokens of the reference's distribution that are kept per position.
+        temperature: T of the distributions.
     """
 
     name = "inquiry_regularization"
@@ -64,14 +93,20 @@ class InquiryRegularization(Method):
         self,
         *,
         preset: str = "uir_memory",
-        weight: Annotated[float, Field(ge=0)] = 2.0,
-        ratio: Annotated[float, Field(gt=0)] = 1.0,
+        weight: Annotated[float, Field(ge=0)] | None = None,
+        ratio: Annotated[float, Field(gt=0)] | None = None,
         pool: str = BUILT_IN,
-        target: Literal["logits", "hidden"] | None = None,
+        source: Literal["pool", "task", "mixed", "generated"] | None = None,
+        modality: Literal["text", "image", "both"] | None = None,
+        images: Literal["pool", "task", "both"] | None = None,
+        target: Target | None = None,
+        positions: Positions | None = None,
+        distance: Distance | None = None,
         rollout: Annotated[int, Field(ge=0)] | None = None,
-        images: Literal["none", "pool", "task", "both"] | None = None,
-        memory: Annotated[int, Field(ge=0)] | None = None,
+        reference: Literal["base", "previous"] | None = None,
+        inquiry_memory: Annotated[int, Field(ge=0)] | None = None,
         top_k: Annotated[int, Field(ge=1)] = 32,
+        temperature: Annotated[float, Field(gt=0)] = 1.0,
     ) -> None:
         if preset not in PRESETS:
             raise MethodError(
@@ -83,98 +118,100 @@ class InquiryRegularization(Method):
                 expected=f"{BUILT_IN!r} (built in), a .txt file with one inquiry per line, or a file of rows",
                 fix="correct the path.",
             )
-        given = {"target": target, "rollout": rollout, "images": images, "memory": memory}
-        settings = PRESETS[preset] | {name: value for name, value in given.items() if value is not None}
-        self.target, self.rollout = settings["target"], settings["rollout"]
-        self.images, self.memory_size = settings["images"], settings["memory"]
-        self.weight, self.ratio, self.pool, self.top_k = weight, ratio, pool, top_k
+        given = {"weight": weight, "ratio": ratio, "source": source, "modality": modality, "images": images}
+        given |= {"target": target, "positions": positions, "distance": distance, "rollout": rollout}
+        given |= {"reference": reference, "inquiry_memory": inquiry_memory}
+        settings = _DEFAULTS | PRESETS[preset] | {name: value for name, value in given.items() if value is not None}
+        settings["positions"] = settings["positions"] or ("answer" if settings["rollout"] else "all")
+        _check(settings)
+        self.weight, self.ratio, self.pool = settings["weight"], settings["ratio"], pool
+        self.source, self.modality, self.images = settings["source"], settings["modality"], settings["images"]
+        self.rollout, self.reference = settings["rollout"], settings["reference"]
+        self.memory_size = settings["inquiry_memory"]
+        self.probe = Probe(settings["target"], settings["positions"], settings["distance"], top_k, temperature)
         self.memory: dict[str, list[str]] = {}
 
     def train_rows(self, ctx: Context, rows: Sequence[Row]) -> Sequence[Row]:
         if self.weight == 0 or not len(rows):
             return rows
+        if self.modality != "text" and not hasattr(ctx.processor, "image_processor"):
+            raise MethodError(
+                "inquiry_regularization: the inquiries have pictures, and this model takes none.",
+                fix="set `modality: text` and a pool of text questions.",
+            )
         rng = random.Random(ctx.seed())
-        total = max(1, round(self.ratio * len(rows)))
-        remembered = total // 2 if self.memory else 0
-        inquiries = self._with_targets(ctx, self._general(rows, total - remembered, rng), "base")
+        per_epoch, epochs = max(1, round(self.ratio * len(rows))), ctx.epochs.total
+        remembered = per_epoch * epochs // 2 if self.memory else 0
+        general = self._general(ctx, rows, per_epoch * epochs - remembered, rng)
+        held = [self._hold(ctx, general, self.reference)]
         if remembered:
-            inquiries += self._with_targets(ctx, self._remembered(rows, remembered, rng), "previous")
-        rng.shuffle(inquiries)
-        ctx.cost["inquiry_rows"] += len(inquiries)
-        return attach(rows, inquiries)
+            held.append(self._hold(ctx, self._remembered(rows, remembered, rng), "previous"))
+        places = [(kind, index) for kind, some in enumerate(held) for index in range(len(some))]
+        rng.shuffle(places)
+        inquiries = Rows(places, lambda place: held[place[0]][place[1]])
+        ctx.cost["inquiry_rows"] += per_epoch
+        return attach(rows, inquiries, epoch=lambda: ctx.epochs.current, epochs=epochs)
 
-    def _general(self, rows: Sequence[Row], count: int, rng: random.Random) -> list[Row]:
-        pool = read_pool(self.pool, count, rng.randrange(2**31))
-        inquiries = []
-        for index in range(count):
-            inquiry = pool[index % len(pool)]
-            pictures = list(inquiry["images"])
-            if self.images == "task" or (self.images == "both" and (index % 2 or not pictures)):
-                pictures = rows[rng.randrange(len(rows))]["images"]
-            if self.images == "none":
-                pictures = []
-            inquiries.append(ask(question_of(inquiry), pictures, f"inquiry/{index}"))
-        return inquiries
+    def _hold(self, ctx: Context, inquiries: list[Row], reference: ReferenceKind) -> Rows:
+        return held_inquiries(ctx, inquiries, reference, self.rollout, self.probe)
+
+    # which inquiries -------------------------------------------------------------------------------------------------
+
+    def _general(self, ctx: Context, rows: Sequence[Row], count: int, rng: random.Random) -> list[Row]:
+        """Inquiries that any model could be asked, from the source."""
+        own = count // 2 if self.source == "mixed" else count * (self.source == "task")
+        pool = _of_task(rows, own, rng) if own else []
+        if own < count:
+            pool += read_pool(self.pool, count - own, rng.randrange(2**31))
+        if self.source == "generated":
+            pool = self._generated(ctx, rows, pool, rng)
+        return [
+            ask(question_of(inquiry), self._pictures(index, inquiry["images"], rows, rng), f"inquiry/{index}")
+            for index, inquiry in enumerate(pool[index % len(pool)] for index in range(count))
+        ]
 
     def _remembered(self, rows: Sequence[Row], count: int, rng: random.Random) -> list[Row]:
-        tasks = list(self.memory)
+        """Questions of earlier tasks, about pictures at hand."""
+        tasks, pool = list(self.memory), read_pool(self.pool, count, rng.randrange(2**31))
         inquiries = []
         for index in range(count):
-            text = rng.choice(self.memory[tasks[index % len(tasks)]])
-            inquiries.append(ask(text, rows[rng.randrange(len(rows))]["images"], f"remembered/{index}"))
+            turn, task = divmod(index, len(tasks))
+            pictures = self._pictures(turn, pool[index % len(pool)]["images"], rows, rng)
+            inquiries.append(ask(rng.choice(self.memory[tasks[task]]), pictures, f"remembered/{index}"))
         return inquiries
 
-    def _with_targets(self, ctx: Context, inquiries: list[Row], reference: ReferenceKind) -> list[Row]:
-        """Writes the reference's rollout and targets into the inquiries, once per task."""
-        complete: list[Row] = []
-        with ctx.reference(reference):
-            answers = ctx.generate(inquiries, self.rollout) if self.rollout else [""] * len(inquiries)
-            inquiries = [  # an empty answer still renders the assistant's marker, where an answer would start
-                {**row, "messages": [*row["messages"], assistant_message(answer)]}  # type: ignore[typeddict-item]
-                for row, answer in zip(inquiries, answers)
-            ]
-            for start in range(0, len(inquiries), _CHUNK):
-                chunk = inquiries[start : start + _CHUNK]
-                inputs = ctx.collate(chunk)
-                states = self._states(ctx.model, inputs)  # (positions of all rows, features)
-                lengths = self._positions(inputs).sum(dim=1).tolist()
-                for row, own in zip(chunk, states.split(lengths)):
-                    complete.append({**row, "targets": self._keep(own)})  # type: ignore[typeddict-item]
-        return complete
+    def _generated(self, ctx: Context, rows: Sequence[Row], pool: Sequence[Row], rng: random.Random) -> list[Row]:
+        """Inquiries that the untouched model writes about pictures of the pool and of the task."""
+        asked = []
+        for index, inquiry in enumerate(pool):
+            pictures = self._pictures(index, inquiry["images"], rows, rng)
+            asked.append(ask(rng.choice(_REQUESTS), pictures, f"request/{index}"))
+        written = reference_targets(ctx, asked, "base", _WRITTEN).texts
+        inquiries = [ask(text, row["images"], row["id"]) for text, row in zip(written, asked) if text.strip()]
+        if not inquiries:
+            raise MethodError(
+                "inquiry_regularization.source: the model wrote no inquiry when it was asked for one.",
+                fix="use `source: pool`.",
+            )
+        return inquiries
 
-    def _states(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """Logits or normalised hidden states at the positions that are held: (positions, features)."""
-        forward = {name: value for name, value in inputs.items() if name not in ("labels", "targets")}
-        positions = self._positions(inputs)
-        if self.target == "hidden":
-            return model(**forward, output_hidden_states=True).hidden_states[-1][positions]
-        return model(**forward).logits[positions]
+    def _pictures(self, turn: int, own: Sequence[Any], rows: Sequence[Row], rng: random.Random) -> Sequence[Any]:
+        if self.modality == "text" or (self.modality == "both" and turn % 2):
+            return []
+        at = turn // 2 if self.modality == "both" else turn
+        if self.images == "pool" or (self.images == "both" and own and at % 2 == 0):
+            return own
+        return rows[rng.randrange(len(rows))]["images"]
 
-    def _positions(self, inputs: dict[str, Any]) -> Tensor:
-        """Where the distance is taken: where the rollout is predicted, or at all tokens when there is none."""
-        if not self.rollout:
-            return inputs["attention_mask"].bool()
-        predicting = torch.zeros_like(inputs["labels"], dtype=torch.bool)
-        predicting[:, :-1] = inputs["labels"][:, 1:] != IGNORED
-        return predicting
-
-    def _keep(self, states: Tensor) -> dict[str, Tensor]:
-        if self.target == "hidden":
-            return {"hidden": states.cpu().clone()}
-        values, ids = top_log_probabilities(states, self.top_k)
-        return {"values": values.cpu().clone(), "ids": ids.cpu().clone()}
+    # the term --------------------------------------------------------------------------------------------------------
 
     def loss_terms(self, ctx: Context, model: nn.Module, batch: TrainBatch, outputs: Any) -> dict[str, Tensor]:
         inquiries = batch.companions.get("inquiry")
         if inquiries is None or self.weight == 0:
             return {}
-        states, targets = self._states(model, inquiries), inquiries["targets"]
-        if self.target == "hidden":
-            distance = normalised_distance(states, torch.cat(targets["hidden"]))
-        else:
-            distance = top_k_divergence(states, torch.cat(targets["values"]), torch.cat(targets["ids"]))
-        lengths = [len(values) for values in next(iter(targets.values()))]
-        per_row = torch.stack([own.mean() for own in distance.split(lengths)])
+        mask = self.probe.mask(inquiries)
+        distance = self.probe.distances(self.probe.states(model, inquiries, mask), inquiries["targets"])
+        per_row = torch.stack([own.mean() for own in distance.split(mask.sum(dim=1).tolist())])
         return {"uir": self.weight * per_row.mean() * batch.share("inquiry")}
 
     def end_task(self, ctx: Context) -> None:
@@ -186,3 +223,24 @@ class InquiryRegularization(Method):
 
     def load_state_dict(self, state: MethodState) -> None:
         self.memory = {task: list(texts) for task, texts in state.data["memory"].items()}
+
+
+def _of_task(rows: Sequence[Row], count: int, rng: random.Random) -> list[Row]:
+    """Questions of the task that is learnt, without their format instruction, with their own pictures."""
+    chosen = [rows[rng.randrange(len(rows))] for _ in range(count)]
+    texts = without_format([question_of(row) for row in chosen])
+    return [ask(text, row["images"], f"task/{index}") for index, (text, row) in enumerate(zip(texts, chosen))]
+
+
+def _check(settings: dict[str, Any]) -> None:
+    if settings["distance"] not in DISTANCES[settings["target"]]:
+        raise MethodError(
+            f"inquiry_regularization: distance {settings['distance']!r} does not fit target {settings['target']!r}.",
+            expected=" or ".join(DISTANCES[settings["target"]]),
+            fix="set both `target` and `distance`.",
+        )
+    if settings["positions"] == "answer" and not settings["rollout"]:
+        raise MethodError(
+            "inquiry_regularization.positions: 'answer' needs an answer, and `rollout` is 0.",
+            expected="`rollout` above 0, or positions 'last' or 'all'",
+        )

@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
+from mllm_cl.evaluation.matrix import BASE_STAGE
 from mllm_cl.evaluation.metrics import DEFINITIONS
 from mllm_cl.files import write_text
 from mllm_cl.reporting import formatting
@@ -98,6 +99,7 @@ def report_content(run: RunSummary, others: Sequence[RunSummary] = ()) -> dict[s
         "panels": task_panels(run, labelled),
         "general_panels": general_panels(run, labelled),
         "general": general_table(run),
+        "drift": drift_table(run),
         "curve_names": [run.name, *(label for label, _ in labelled)],
         "costs": cost_table(run),
         "comparison": comparison,
@@ -188,6 +190,23 @@ def general_table(run: RunSummary) -> list[list[str]]:
     return rows
 
 
+def drift_table(run: RunSummary) -> list[list[str]]:
+    """Returns header and rows: stage, language feature shift, share of one-word answers, mean length of an answer."""
+    names = [BASE_STAGE, *(stage.name for stage in run.stages)]
+    found = {entry["stage"]: entry for entry in run.ledger if entry.get("event") == "drift"}
+    rows = [
+        [
+            names[stage],
+            formatting.decimal(entry["feature_shift"]),
+            formatting.score(entry["one_word_share"]),
+            formatting.decimal(entry["mean_words"]),
+        ]
+        for stage, entry in sorted(found.items())
+        if stage < len(names)
+    ]
+    return [["stage", "feature shift", "one-word answers", "words per answer"], *rows] if rows else []
+
+
 COST_COLUMNS = (
     ("training", "seconds", formatting.duration, True),
     ("evaluation", "evaluation_seconds", formatting.duration, True),
@@ -196,6 +215,7 @@ COST_COLUMNS = (
     ("steps", "steps", formatting.count, False),
     ("tokens", "tokens", formatting.count, True),
     ("extra forward passes", "extra_forward_passes", formatting.count, False),
+    ("rows answered by a reference", "reference_rows", formatting.count, False),
     ("trainable parameters", "trainable_parameters", formatting.count, True),
     ("stored after the stage", "stored_bytes", formatting.size, True),
     ("peak memory", "peak_memory_mib", formatting.mebibytes, True),

@@ -47,11 +47,12 @@ class StageRecord:
     peak_memory_mib: float | None = None
     train_loss: float | None = None
     extra_forward_passes: float | None = None
+    reference_rows: float | None = None
 
 
 COSTS = (
     *("seconds", "train_rows", "inquiry_rows", "steps", "tokens", "trainable_parameters", "stored_bytes"),
-    *("peak_memory_mib", "train_loss", "extra_forward_passes"),
+    *("peak_memory_mib", "train_loss", "extra_forward_passes", "reference_rows"),
 )
 
 

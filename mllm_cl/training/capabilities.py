@@ -92,6 +92,18 @@ def _check_needs(methods: Sequence[Method], policy: str) -> None:
                 expected="a method with one or stacked adapters beside it",
                 fix=f"remove {method.name} or the method that keeps one adapter per task.",
             )
+    for role in sorted({role for method in methods for role in method.roles}):
+        both = [method.name for method in methods if role in method.roles]
+        if len(both) > 1:
+            raise MethodError(f"methods: {' and '.join(both)} each do the {role} of a recipe.", fix="keep one of them.")
+    rewriting = [method.name for method in methods if policy == "one" and method.roles & {"consolidation"}]
+    continued = [method.name for method in methods if "continued" in method.needs]
+    if rewriting and continued:
+        raise MethodError(
+            f"methods: {continued[0]} needs the adapter to go on from where the last task left it, and "
+            f"{rewriting[0]} changes it between tasks.",
+            fix=f"remove {continued[0]} or {rewriting[0]}.",
+        )
     routing = [method.name for method in methods if overrides(method, "route")]
     if len(routing) > 1:
         raise MethodError(f"methods: {' and '.join(routing)} both route samples.", fix="keep one of them.")

@@ -26,7 +26,7 @@ from mllm_cl.models.load import base_fingerprint, load_from_section
 from mllm_cl.models.tiny import TINY_LLAVA
 from mllm_cl.recipe import ModelSection, Recipe, load_recipe
 from mllm_cl.streams import Stream, Task
-from mllm_cl.training.capabilities import build_methods, check_lora
+from mllm_cl.training.capabilities import build_methods
 from mllm_cl.training.learner import Learner
 from mllm_cl.training.ledger import Ledger
 from mllm_cl.training.run_folder import RunFolder
@@ -139,18 +139,7 @@ def _routed(found: Found, model: Any, processor: ProcessorMixin, base: str, plac
     recipe, folder = found.recipe, found.folder
     assert recipe is not None
     assert folder is not None
-    section = recipe.model
-    learner = Learner(
-        model,
-        processor,
-        build_methods(recipe),
-        check_lora(section.lora),
-        seed=recipe.seed,
-        policy=section.adapters,
-        max_rank=section.max_rank,
-        bridge=section.train_bridge,
-        vision=section.train_vision,
-    )
+    learner = Learner.from_recipe(recipe, model, processor, build_methods(recipe))
     learner.load_stage(folder / "adapter", folder / "method", len(found.tasks))
     learner.model.to(place)
     learner.model.eval()

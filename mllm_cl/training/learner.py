@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import logging
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,11 +30,14 @@ from mllm_cl.data.rows import Row
 from mllm_cl.errors import ModelError, RecipeError
 from mllm_cl.evaluation.engine import GenerationSettings, generate
 from mllm_cl.methods import Context, Method, RouteBatch, adapter_policy
-from mllm_cl.methods.base import AdapterPolicy, ReferenceKind, overrides
+from mllm_cl.methods.base import AdapterPolicy, Epochs, ReferenceKind, overrides
 from mllm_cl.models import adapters
 from mllm_cl.models.embedding import embed_inputs
+from mllm_cl.models.load import base_fingerprint
 from mllm_cl.models.parts import lora_targets
+from mllm_cl.recipe import Recipe
 from mllm_cl.streams import Stream, Task
+from mllm_cl.training.capabilities import check_lora
 from mllm_cl.training.seeds import derived_seed
 from mllm_cl.training.states import load_states, save_states
 
@@ -93,8 +98,28 @@ class Learner:
         self.max_rank = max_rank or 4 * self.lora.r
         self.truncation_error = 0.0
         self._seen: list[Task] = []
+        self._scratch = tempfile.TemporaryDirectory(prefix="mllm-cl-")
+        self._base_key: str | None = None
         vars(self.model.get_base_model())["_mllm_cl_learner"] = self  # found again by `Learner.of` in a user's own loop
         self._deploy()
+
+    @classmethod
+    def from_recipe(
+        cls, recipe: Recipe, model: PreTrainedModel, processor: ProcessorMixin, methods: Sequence[Method]
+    ) -> Learner:
+        """Returns the learner of a recipe, on a base model that has been loaded for it."""
+        section = recipe.model
+        return cls(
+            model,
+            processor,
+            methods,
+            check_lora(section.lora),
+            seed=recipe.seed,
+            policy=section.adapters,
+            max_rank=section.max_rank,
+            bridge=section.train_bridge,
+            vision=section.train_vision,
+        )
 
     @staticmethod
     def of(model: PreTrainedModel | PeftModel) -> Learner | None:
@@ -117,10 +142,18 @@ class Learner:
         """True if one of the methods declares this need."""
         return any(what in method.needs for method in self.methods)
 
-    def begin_task(self, task: Task, stream: Stream, accelerator: Accelerator) -> Context:
-        """Prepares adapters and methods for a task; afterwards exactly the task's parameters are trainable."""
+    def begin_task(
+        self, task: Task, stream: Stream, accelerator: Accelerator, cache: Path | None = None, epochs: int = 1
+    ) -> Context:
+        """Prepares adapters and methods for a task; afterwards exactly the task's parameters are trainable.
+
+        Args:
+            cache: where methods keep what they compute once per task, the same folder for all processes; a temporary
+                one when not given.
+            epochs: passes over the task's rows.
+        """
         index = self.stage + 1
-        ctx = self._context(task, stream, index, accelerator)
+        ctx = self._context(task, stream, index, accelerator, cache, epochs)
         trained = self.trained_name(task)
         if self.policy == "one":
             if self.needs("previous"):
@@ -130,9 +163,9 @@ class Learner:
                 adapters.remove_adapter(self.model, trained)
             adapters.add_adapter(self.model, trained, self.lora, derived_seed(self.seed, "adapter", index))
         adapters.set_active(self.model, [adapters.DEFAULT, trained] if self.policy == "stacked" else [trained])
+        adapters.set_trainable(self.model, [trained])
         for method in self.methods:
             method.begin_task(ctx)
-        adapters.set_trainable(self.model, [trained])
         return ctx
 
     def train_rows(self, ctx: Context, rows: Sequence[Row]) -> Sequence[Row]:
@@ -229,7 +262,15 @@ class Learner:
         """Returns the context of the stage that is completed, for routing."""
         return self._context(task, stream, self.stage, accelerator)
 
-    def _context(self, task: Task, stream: Stream, index: int, accelerator: Accelerator) -> Context:
+    def _context(
+        self,
+        task: Task,
+        stream: Stream,
+        index: int,
+        accelerator: Accelerator,
+        cache: Path | None = None,
+        epochs: int = 1,
+    ) -> Context:
         rng = torch.Generator().manual_seed(derived_seed(self.seed, "methods", index))
 
         def calibration(count: int, batch_size: int) -> Iterator[dict[str, Any]]:
@@ -247,12 +288,15 @@ class Learner:
             processor=self.processor,
             accelerator=accelerator,
             rng=rng,
-            options={"max_rank": self.max_rank},
+            max_rank=self.max_rank,
+            cache=cache or Path(self._scratch.name),
             reference=self._reference,
+            reference_key=self._reference_key,
             generate=self._generate,
             embed=self._embed,
             calibration=calibration,
             collate=self._collate,
+            epochs=Epochs(epochs),
         )
 
     def _collate(self, rows: Sequence[Row]) -> dict[str, Any]:
@@ -267,16 +311,26 @@ class Learner:
         """The untouched base, or the model of the previous stage; no gradients, no dropout."""
         if kind not in ("base", "previous"):
             raise RecipeError(f"reference {kind!r} does not exist.", expected="base or previous")
-        names: list[str] = []
-        if kind == "previous":
-            names = [adapters.PREVIOUS if self.policy == "one" else adapters.DEFAULT]
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad(), adapters.active(self.model, names):
+            with torch.no_grad(), adapters.active(self.model, self._adapters_of(kind)):
                 yield
         finally:
             self.model.train(was_training)
+
+    def _adapters_of(self, kind: ReferenceKind) -> list[str]:
+        if kind == "base":
+            return []
+        return [adapters.PREVIOUS if self.policy == "one" else adapters.DEFAULT]
+
+    def _reference_key(self, kind: ReferenceKind) -> str:
+        self._base_key = self._base_key or base_fingerprint(self.model)
+        digest = hashlib.sha256(self._base_key.encode())
+        for name in self._adapters_of(kind):
+            for key, tensor in sorted(adapters.adapter_parameters(self.model, name).items()):
+                digest.update(key.encode() + tensor.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def _generate(self, rows: Sequence[Row], max_new_tokens: int) -> list[str]:
         return generate(self.model, self.processor, rows, GenerationSettings(max_new_tokens=max_new_tokens))

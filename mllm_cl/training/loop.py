@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from transformers import PrinterCallback
 from mllm_cl.data.rows import Row
 from mllm_cl.errors import RunError, StreamError
 from mllm_cl.evaluation.cell import CellResult, cell_key, evaluate_cell, read_result
-from mllm_cl.evaluation.engine import GenerationSettings
+from mllm_cl.evaluation.drift import measure_drift, open_inquiries
+from mllm_cl.evaluation.engine import GenerationSettings, Route
 from mllm_cl.evaluation.matrix import AccuracyMatrix, stage_name
 from mllm_cl.files import explained, folder_bytes, folder_sha256, new_folder, remove, remove_unfinished
 from mllm_cl.methods import Method
@@ -32,7 +34,7 @@ from mllm_cl.streams import Stream, Task, load_benchmark, stream_of_section
 from mllm_cl.streams.fingerprint import digest_rows
 from mllm_cl.streams.validate import ensure_valid
 from mllm_cl.training.arguments import runs_on_cpu, training_arguments
-from mllm_cl.training.capabilities import build_methods, check_lora, check_stream
+from mllm_cl.training.capabilities import build_methods, check_stream
 from mllm_cl.training.checkpoint import last_checkpoint
 from mllm_cl.training.learner import Learner
 from mllm_cl.training.ledger import Ledger
@@ -89,18 +91,7 @@ class Run:
         self.base = base_fingerprint(model)
         self._check_ledger("base_fingerprint", self.base, "the weights of the base model")
         self._check_processes()
-        section = recipe.model
-        self.learner = Learner(
-            model,
-            self.processor,
-            methods,
-            check_lora(section.lora),
-            seed=recipe.seed,
-            policy=section.adapters,
-            max_rank=section.max_rank,
-            bridge=section.train_bridge,
-            vision=section.train_vision,
-        )
+        self.learner = Learner.from_recipe(recipe, model, self.processor, methods)
         self.learner.model.to(self.state.device)
         self.matrix = AccuracyMatrix(
             tasks=self.tasks,
@@ -180,7 +171,18 @@ class Run:
             rows_key = f"{digest_rows(rows)}/{name}"
             result = self._cell(stage, name, rows, rows_key, "exact_match", None, weights, None)
             self.matrix.set_general(stage, name, result.score, result.stderr, result.n)
+        self._measure_drift(stage)
         self._write_matrix()
+
+    def _measure_drift(self, stage: int) -> None:
+        count = self.recipe.evaluation.drift
+        if not count or self.ledger.find("drift", stage=stage, n=count) is not None:
+            return
+        self._stand_at(stage)
+        with self.progress.waiting(f"{self._name(stage)}: drift probes"):
+            inquiries = open_inquiries(self.stream, count)
+            found = measure_drift(self.learner.model, self.processor, inquiries, self._route(stage, None))
+        self.ledger.append("drift", stage=stage, **asdict(found))
 
     def _measured_tasks(self, stage: int) -> list[str]:
         if stage == 0 or self.recipe.evaluation.tasks == "all":
@@ -211,9 +213,7 @@ class Run:
         route = None
         if read_result(folder, key) is None:
             self._stand_at(stage)
-            if self.learner.routes():
-                current = self.stream[max(stage, 1) - 1]
-                route = self.learner.router(self.learner.context(current, self.stream, Accelerator()), task)
+            route = self._route(stage, task)
         with self.progress.bar(f"{self._name(stage)}: evaluating {name}", len(rows)) as advance:
             result = evaluate_cell(
                 self.learner.model,
@@ -232,6 +232,12 @@ class Run:
             facts = {"score": result.score, "n": result.n, "seconds": result.seconds}
             self.ledger.append("cell", stage=stage, task=name, **facts, key=key)
         return result
+
+    def _route(self, stage: int, task: str | None) -> Route | None:
+        if not self.learner.routes():
+            return None
+        current = self.stream[max(stage, 1) - 1]
+        return self.learner.router(self.learner.context(current, self.stream, Accelerator()), task)
 
     def complete(self) -> None:
         """Writes the matrix a last time and marks the run as complete."""

@@ -9,6 +9,7 @@ comes scaled with `batch.share(...)`, so neither gradient accumulation nor the n
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ import torch
 from accelerate.utils import gather_object
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainerState, TrainingArguments, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from mllm_cl.data.collate import COMPANIONS, IGNORED, Collator
 from mllm_cl.data.rows import Row, Rows
 from mllm_cl.errors import DataError, ModelError, RunError
+from mllm_cl.files import remove
 from mllm_cl.methods import Context, Method, TrainBatch
 from mllm_cl.methods.base import overrides
 from mllm_cl.methods.inquiry_regularization import InquiryRegularization
@@ -34,6 +36,8 @@ from mllm_cl.training.capabilities import check_plain
 from mllm_cl.training.checkpoint import CheckpointedTrainer, load_tree, save_tree
 from mllm_cl.training.learner import Learner
 from mllm_cl.training.states import load_states, save_states
+
+CACHE = "cache"  # beside the checkpoints, and like them only while a task is learnt
 
 
 class ContinualTrainer(CheckpointedTrainer):
@@ -91,13 +95,16 @@ class ContinualTrainer(CheckpointedTrainer):
             **kwargs,
         )
         stream = stream or learner.remember(task)
-        self.ctx: Context = learner.begin_task(task, stream, self.accelerator)
+        whole = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+        passes = args.max_steps * whole / len(given) if args.max_steps > 0 else args.num_train_epochs
+        cache = Path(args.output_dir) / CACHE
+        self.ctx: Context = learner.begin_task(task, stream, self.accelerator, cache, max(1, math.ceil(passes)))
         rows = learner.train_rows(self.ctx, given)
         self.rows = len(rows)
-        whole = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
         self.train_dataset = whole_batches(rows, whole)  # type: ignore[assignment]
         self._term_methods = [method for method in learner.methods if overrides(method, "loss_terms")]
         self._trained = [parameter for parameter in learner.model.parameters() if parameter.requires_grad]
+        self.add_callback(_CountEpochs(self.ctx))
         stepping = [method for method in learner.methods if overrides(method, "after_step")]
         if stepping:
             self.add_callback(_AfterStep(stepping, self.ctx))
@@ -141,6 +148,9 @@ class ContinualTrainer(CheckpointedTrainer):
         self.model_wrapped = self.model
         set_seed(self.args.seed)  # the end of a task does not depend on where training was resumed
         self.learner.end_task(self.ctx)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            remove(self.ctx.cache)
         return output
 
     # the loss --------------------------------------------------------------------------------------------------------
@@ -235,6 +245,16 @@ class LlavaCTrainer(ContinualTrainer):
 
     def default_methods(self) -> Sequence[Method]:
         return (SpectralConsolidation(), InquiryRegularization())
+
+
+class _CountEpochs(TrainerCallback):
+    """Tells the context which pass over the rows begins, also when training is resumed within it."""
+
+    def __init__(self, ctx: Context) -> None:
+        self.ctx = ctx
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, *others: Any, **kwargs: Any) -> None:
+        self.ctx.epochs.current = int((state.epoch or 0.0) + 1e-6)
 
 
 class _AfterStep(TrainerCallback):

@@ -19,7 +19,7 @@ import yaml
 from mllm_cl.cli.demo_recipes import METHODS, demo_recipe, recipe_text
 
 ROOT = Path(__file__).resolve().parents[2]
-VERBS = ["demo", "run", "evaluate", "matrix", "report", "compare", "data", "methods", "doctor"]
+VERBS = ["demo", "run", "evaluate", "matrix", "report", "compare", "consolidate", "data", "methods", "doctor"]
 HELPED = [*([verb] for verb in VERBS), *(["data", verb] for verb in ("list", "show", "validate", "prepare"))]
 
 Call = Callable[..., Any]

@@ -7,7 +7,7 @@ import json
 import pytest
 from PIL import Image
 
-from mllm_cl.data.inquiry import ask, attach, question_of, questions_of, read_pool
+from mllm_cl.data.inquiry import ask, attach, question_of, questions_of, read_pool, without_format
 from mllm_cl.data.rows import Rows, assistant_message, is_answered, user_message
 from mllm_cl.errors import DataError
 
@@ -77,3 +77,31 @@ def test_companions_of_other_kinds_are_kept(make_row):
     both = attach(attach(task, [ask("?", [], "q")], "first"), [ask("?", [], "p")], "second")
     assert set(both[0]["companions"]) == {"first", "second"}
     assert "companions" not in task[0]
+
+
+def test_every_epoch_brings_its_own_inquiries(make_row):
+    task, now = Rows([make_row(str(i), "?", "x") for i in range(4)]), [0]
+    attached = attach(task, [ask("?", [], f"q{i}") for i in range(6)], epoch=lambda: now[0], epochs=3)
+    seen = []
+    for now[0] in range(4):
+        seen.append([other["id"] for row in attached for other in row.get("companions", {}).get("inquiry", [])])
+    assert seen == [["q0", "q1"], ["q2", "q3"], ["q4", "q5"], ["q0", "q1"]]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("What is it? Answer with one word.", "What is it?"),
+        ("What is it?\nAnswer the question using a single word or phrase.", "What is it?"),
+        ("Which?\nA. x\nB. y\nAnswer with the option's letter from the given choices directly.", "Which?\nA. x\nB. y"),
+        ("What is it?", "What is it?"),
+        ("Answer with one word.", "Answer with one word."),
+    ],
+)
+def test_format_instructions_are_taken_off(text, expected):
+    assert without_format([text]) == [expected]
+
+
+def test_what_nearly_all_questions_end_with_is_a_format_instruction():
+    texts = [f"Is this plate number {i}? Say it in French." for i in range(19)] + ["Who? Say it in German."]
+    assert without_format(texts) == [f"Is this plate number {i}?" for i in range(19)] + ["Who? Say it in German."]

@@ -7,11 +7,14 @@ import copy
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from mllm_cl.data.collate import COMPANIONS, Collator
-from mllm_cl.data.rows import Rows
+from mllm_cl.data.inquiry import question_of
+from mllm_cl.data.rows import Rows, user_message
 from mllm_cl.errors import MethodError
-from mllm_cl.methods.inquiry_regularization import PRESETS, InquiryRegularization
+from mllm_cl.methods._probe import DISTANCES, Probe
+from mllm_cl.methods.inquiry_regularization import _REQUESTS, PRESETS, InquiryRegularization
 from mllm_cl.models import adapters
 from mllm_cl.streams import Stream, Task
 
@@ -141,39 +144,147 @@ def test_general_inquiries_are_held_to_the_base_and_remembered_ones_to_the_previ
             assert torch.allclose(expected.gather(-1, order), values, atol=1e-4)
 
 
-def test_the_hidden_target_is_the_distance_of_normalised_states(method, begin, small_stream, micro_batch, disturb):
-    uir = method("uir_feat")
+COMBINATIONS = [
+    {"target": target, "distance": distance, "positions": positions, "rollout": rollout}
+    for target, distances in DISTANCES.items()
+    for distance in distances
+    for positions, rollout in (("all", 0), ("last", 0), ("all", 4), ("answer", 4))
+]
+
+
+def reference_distance(kind: str, now: np.ndarray, before: np.ndarray) -> float:
+    """The formulas of the docstring, position by position: (N, V) logits or (N, layers, D) states."""
+    if kind in ("kl", "reverse_kl"):
+        p, q = (np.exp(x - x.max(-1, keepdims=True)) for x in (before, now))
+        p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
+        p, q = (p, q) if kind == "kl" else (q, p)
+        return float((p * np.log(p / q)).sum(-1).mean())
+    if kind == "cosine":
+        dots = (now * before).sum(-1) / np.linalg.norm(now, axis=-1) / np.linalg.norm(before, axis=-1)
+        return float((1 - dots).mean())
+    normal = [x / np.sqrt((x**2).mean(-1, keepdims=True)) for x in (now, before)]
+    return float(((normal[0] - normal[1]) ** 2).mean())
+
+
+@pytest.mark.parametrize("settings", COMBINATIONS, ids=lambda s: "-".join(map(str, s.values())))
+def test_every_combination_is_the_distance_it_names(settings, method, begin, small_stream, micro_batch, disturb):
+    uir = method("uir_feat", top_k=10_000, **settings)
     learner, ctx = begin(small_stream(1, rows=4), uir)
     rows = learner.train_rows(ctx, ctx.task.train)
     inquiries = inquiries_of(rows)
     disturb(ctx.model, "default", 1)
 
     def states(inquiry) -> np.ndarray:
-        inputs = {k: v for k, v in ctx.collate([inquiry]).items() if k != "labels"}
-        hidden = ctx.model(**inputs, output_hidden_states=True).hidden_states[-1][0].detach().double().numpy()
-        return hidden / np.sqrt((hidden**2).mean(axis=-1, keepdims=True))
+        inputs = ctx.collate([inquiry])
+        labels = inputs.pop("labels")[0]
+        target = (labels != -100).nonzero().flatten().tolist()
+        onset = target[0] - 1  # where the first token of the answer is predicted
+        chosen = {
+            "answer": [t - 1 for t in target],
+            "last": [onset],
+            "all": list(range(onset + 1)),
+        }[settings["positions"]]
+        outputs = ctx.model(**inputs, output_hidden_states=True)
+        layers = outputs.hidden_states
+        if settings["target"] == "logits":
+            found = outputs.logits[0]
+        elif settings["target"] == "hidden_last":
+            found = layers[-1][0][:, None]
+        else:
+            found = torch.stack([layers[round(d * (len(layers) - 1))][0] for d in (0.25, 0.5, 0.75, 1)], dim=1)
+        return found[chosen].detach().double().numpy()
 
     with ctx.reference("base"):
         before = [states(inquiry) for inquiry in inquiries]
     after = [states(inquiry) for inquiry in inquiries]
-    expected = 2.0 * np.mean([((a - b) ** 2).mean() for a, b in zip(after, before)])
+    distances = [reference_distance(settings["distance"], now, then) for now, then in zip(after, before)]
     term = uir.loss_terms(ctx, ctx.model, micro_batch(collated(learner, rows)), None)["uir"]
-    assert term.item() == pytest.approx(expected, rel=1e-4)
+    assert term.item() == pytest.approx(2.0 * np.mean(distances), rel=1e-4)
+    assert term.item() > 1e-3
+
+
+def pictures_and_task(learner, ctx) -> tuple[list[int], list[bool]]:
+    """How many pictures the inquiries have, and whether they are the task's."""
+    inquiries = inquiries_of(learner.train_rows(ctx, ctx.task.train))
+    own = {id(image) for row in ctx.task.train for image in row["images"]}
+    return [len(q["images"]) for q in inquiries], [id(image) in own for q in inquiries for image in q["images"]]
 
 
 @pytest.mark.parametrize(
-    ("images", "pool_has", "expected"),
-    [("none", True, {0}), ("pool", True, {1}), ("pool", False, {0}), ("task", True, {1}), ("both", False, {1})],
+    ("settings", "with_pictures", "of_task"),
+    [
+        ({"modality": "text"}, 0.0, 0.0),
+        ({"modality": "image", "images": "task"}, 1.0, 1.0),
+        ({"modality": "image", "images": "both"}, 1.0, 1.0),  # the text pool has none of its own
+        ({"modality": "both", "images": "task"}, 0.5, 1.0),
+        ({"modality": "image", "images": "pool", "pool": "general"}, 0.93, 0.0),  # one in sixteen is a plain question
+        ({"modality": "image", "images": "both", "pool": "general"}, 1.0, 0.53),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
 )
-def test_pictures_come_from_where_they_should(images, pool_has, expected, method, begin, small_stream, pool):
-    uir = method("uir_kl", images=images, pool="general" if pool_has else pool, ratio=1.0)
+def test_pictures_come_from_where_they_should(settings, with_pictures, of_task, method, begin, small_stream):
+    uir = method("uir_kl", ratio=2.0, positions="last", **settings)
+    learner, ctx = begin(small_stream(1, rows=8), uir)
+    counts, own = pictures_and_task(learner, ctx)
+    assert np.mean([count > 0 for count in counts]) == pytest.approx(with_pictures, abs=0.07)
+    assert np.mean(own or [False]) == pytest.approx(of_task, abs=0.07)
+
+
+def test_task_inquiries_lose_their_format_instruction(method, begin, small_stream, make_row):
+    rows = [make_row(str(i), f"What is number {i}? Answer with one word.", "x") for i in range(8)]
+    stream = Stream("suffixes", (Task("suffixes", Rows(rows), Rows(rows)),))
+    for source, expected in (("task", 8), ("mixed", 4), ("pool", 0)):
+        uir = method("uir_feat", source=source, ratio=1.0)
+        learner, ctx = begin(stream, uir)
+        texts = [question_of(q) for q in inquiries_of(learner.train_rows(ctx, ctx.task.train))]
+        assert sum(text.startswith("What is number") for text in texts) == expected
+        assert not any("one word" in text for text in texts)
+
+
+def test_the_model_may_write_its_own_inquiries(method, begin, small_stream):
+    uir = method("uir_self", source="generated", images="task", ratio=1.0)
     learner, ctx = begin(small_stream(1, rows=8), uir)
     inquiries = inquiries_of(learner.train_rows(ctx, ctx.task.train))
-    own = {id(image) for row in ctx.task.train for image in row["images"]}
-    counts = {len(q["images"]) for q in inquiries if images != "pool" or not pool_has or q["images"]}
-    assert counts <= expected | ({0} if images == "pool" else set())
-    from_task = [id(image) in own for q in inquiries for image in q["images"]]
-    assert all(from_task) if images in ("task", "both") else not any(from_task)
+    assert len(inquiries) == 8
+    requests = [{**q, "messages": [user_message(text, 1)]} for q in inquiries for text in _REQUESTS]
+    with ctx.reference("base"):
+        written = {text.strip() for text in ctx.generate(requests, 32)}
+    assert {question_of(q) for q in inquiries} <= written
+
+
+def test_targets_are_computed_once_and_survive_a_restart(method, begin, small_stream, monkeypatch, tmp_path):
+    stream = small_stream(2, rows=8)
+
+    def rows(disturbed: bool):
+        learner, _ = begin(stream, method("uir_memory", ratio=1.0))
+        if disturbed:
+            for parameter in adapters.adapter_parameters(learner.model, "default").values():
+                parameter.data.add_(0.1)
+        learner.end_task(learner._context(stream[0], stream, 1, Accelerator(cpu=True)))
+        ctx = learner.begin_task(stream[1], stream, Accelerator(cpu=True), tmp_path)
+        return inquiries_of(learner.train_rows(ctx, ctx.task.train)), ctx.cost
+
+    first, cost = rows(False)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 2  # one held to the base, one to the previous stage
+    assert {file.suffix for file in files} == {".safetensors"}
+    with monkeypatch.context() as patch:
+        patch.setattr(Probe, "states", None)  # no forward pass
+        again, cost_again = rows(False)
+    assert cost == cost_again
+    assert [q["id"] for q in again] == [q["id"] for q in first]
+    assert all(torch.equal(a["targets"]["values"], b["targets"]["values"]) for a, b in zip(again, first))
+    rows(True)  # another previous stage: what is held to the base is found again, the rest is new
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_models_without_eyes_need_text_inquiries(method, begin, small_stream, monkeypatch):
+    uir = method("uir_self")
+    learner, ctx = begin(small_stream(1, rows=4), uir)
+    monkeypatch.delattr(type(ctx.processor), "image_processor", raising=False)
+    monkeypatch.delattr(ctx.processor, "image_processor", raising=False)
+    with pytest.raises(MethodError, match=r"this model takes none\.\n.*`modality: text`"):
+        learner.train_rows(ctx, ctx.task.train)
 
 
 def test_the_number_of_inquiries_follows_the_ratio(method, begin, small_stream):
@@ -188,7 +299,7 @@ def test_the_number_of_inquiries_follows_the_ratio(method, begin, small_stream):
 
 
 def test_question_memories_survive_saving(method, begin, small_stream):
-    uir = method(memory=2)
+    uir = method(inquiry_memory=2)
     learner, ctx = begin(small_stream(1, rows=8), uir)
     learner.end_task(ctx)
     assert len(uir.memory["colours"]) == 2
@@ -199,7 +310,11 @@ def test_question_memories_survive_saving(method, begin, small_stream):
 
 
 def test_presets_may_be_changed_one_by_one(method):
-    uir = method("uir_memory", target="hidden", rollout=0)
-    assert (uir.target, uir.rollout, uir.memory_size) == ("hidden", 0, 64)
+    uir = method("uir_memory", target="hidden_last", distance="l2", rollout=0)
+    assert (uir.probe.target, uir.rollout, uir.memory_size) == ("hidden_last", 0, 64)
     with pytest.raises(MethodError, match=r"'uir_memry' does not exist\.\n.*did you mean 'uir_memory'"):
         method("uir_memry")
+    with pytest.raises(MethodError, match=r"distance 'kl' does not fit target 'hidden_last'"):
+        method("uir_feat", distance="kl")
+    with pytest.raises(MethodError, match=r"'answer' needs an answer"):
+        method("uir_feat", positions="answer")

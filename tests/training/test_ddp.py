@@ -30,7 +30,7 @@ SMALL = (
 )
 ONE, TWO = ("training.per_device_train_batch_size=8",), ("training.per_device_train_batch_size=4",)
 ACCUMULATED = ("training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=2")
-SINGLE_INQUIRY = [{"inquiry_regularization": {"pool": "POOL", "rollout": 0, "memory": 0, "ratio": 0.1}}]
+SINGLE_INQUIRY = [{"inquiry_regularization": {"pool": "POOL", "rollout": 0, "inquiry_memory": 0, "ratio": 0.1}}]
 VARIANTS: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
     "finetune": ("finetune", ONE, TWO),
     "stacked": ("finetune", ("model.adapters=stacked", *ONE), ("model.adapters=stacked", *TWO)),

@@ -31,7 +31,7 @@ class SmallLlavaC(LlavaCTrainer):
     pool = ""
 
     def default_methods(self) -> Any:
-        uir = InquiryRegularization(pool=self.pool, rollout=1, memory=2, ratio=0.5)
+        uir = InquiryRegularization(pool=self.pool, rollout=1, inquiry_memory=2, ratio=0.5)
         return (SpectralConsolidation(), uir)
 
 

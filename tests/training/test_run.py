@@ -80,9 +80,11 @@ def test_the_ledger_says_what_was_done(done):
         ("started", None, None),
         ("stage_trained", 1, "task-1"),
         ("cell", 1, "task-1"),
+        ("drift", 1, None),
         ("stage_trained", 2, "task-2"),
         ("cell", 2, "task-1"),
         ("cell", 2, "task-2"),
+        ("drift", 2, None),
         ("run_complete", None, None),
     ]
     trained = ledger_of(done)[1]
