@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: venv demo test lint docs format clean
+.PHONY: venv demo test lint docs study format clean
 
 venv: $(VENV)/installed
 
@@ -22,7 +22,7 @@ demo: venv
 	$(BIN)/mllm-cl demo
 
 test: venv
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=term:skip-covered
 
 lint: venv
 	$(BIN)/ruff check .
@@ -35,6 +35,9 @@ format: venv
 
 docs: venv
 	$(BIN)/python docs/build.py
+
+study: venv
+	$(BIN)/python benchmarks/study.py --output runs/study
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .coverage*

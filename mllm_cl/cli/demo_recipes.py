@@ -5,18 +5,19 @@ python -m mllm_cl.cli.demo_recipes recipes/quickstart
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 from typing import Any
 
 # Sizes and settings of the demo in one place: four runs, 4 minutes on two cores.
 DEMO: dict[str, Any] = {
-    "limit": {"train": 256, "validation": 40, "test": 60},
+    "limit": {"train": 208, "validation": 40, "test": 60},
     "num_train_epochs": 2,
     "learning_rate": 5.0e-3,
     "per_device_train_batch_size": 16,
     "lora": {"r": 8, "lora_alpha": 16},
-    "general": ["quickstart-general"],
+    "evaluation": {"general": ["quickstart-general"], "drift": 8},
 }
 
 # Name -> methods, and what a reader of the recipe should know.
@@ -42,7 +43,7 @@ def demo_recipe(name: str, output_dir: str, seed: int = 0) -> dict[str, Any]:
         "stream": {"name": "quickstart", "limit": dict(DEMO["limit"])},
         "methods": [dict(entry) for entry in methods],
         "training": {key: DEMO[key] for key in ("learning_rate", "num_train_epochs", "per_device_train_batch_size")},
-        "evaluation": {"general": list(DEMO["general"])},
+        "evaluation": copy.deepcopy(DEMO["evaluation"]),
     }
 
 

@@ -85,8 +85,9 @@ def read_updates(folder: Path) -> LoraFolder:
 def _scaling(config: LoraConfig, module: str) -> float:
     """alpha / r, or alpha / √r for rank-stabilised LoRA, with the patterns that override r and alpha."""
     name = module.removeprefix("base_model.model.")
-    rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
-    alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    rank = ranks.get(get_pattern_key(list(ranks), name), config.r)
+    alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
     return alpha / rank**0.5 if config.use_rslora else alpha / rank
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,19 +10,16 @@ from peft import LoraConfig
 
 from mllm_cl.data.builders import BENCHMARKS
 from mllm_cl.errors import EvaluationError, MethodError, RecipeError, StreamError, suggest
-from mllm_cl.evaluation.scorers import get_scorer
+from mllm_cl.evaluation.scorers import find_metric
 from mllm_cl.methods import Method, adapter_policy, build_method
 from mllm_cl.methods.base import overrides
+from mllm_cl.models.quantize import check_bitsandbytes
 from mllm_cl.recipe import MethodSpec, Recipe
 from mllm_cl.streams import Stream
 from mllm_cl.training.arguments import check_training
+from mllm_cl.training.launchers import check_launcher, launcher
 
 ANCHORS = ("finetune", "joint", "single")
-
-
-def launcher() -> str:
-    """Returns how this process was started: `single` or `ddp`."""
-    return "ddp" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "single"
 
 
 def build_methods(recipe: Recipe) -> list[Method]:
@@ -47,7 +43,11 @@ def build_methods(recipe: Recipe) -> list[Method]:
             )
     policy = adapter_policy(methods, recipe.model.adapters)
     _check_needs(methods, policy)
-    _check_launcher(methods)
+    started = launcher(recipe.training)
+    check_launcher(started, recipe.model.quantization)
+    if recipe.model.quantization is not None:
+        check_bitsandbytes(recipe.model.quantization)
+    _check_launcher(methods, started)
     check_lora(recipe.model.lora)
     check_training(recipe.training)
     return methods
@@ -63,13 +63,18 @@ def check_stream(recipe: Recipe, stream: Stream) -> None:
     for name in recipe.evaluation.general:
         if name not in BENCHMARKS:
             raise RecipeError(f"evaluation.general: {name!r} does not exist.", expected=suggest(name, BENCHMARKS))
+        if BENCHMARKS[name].metric is None:
+            raise RecipeError(
+                f"evaluation.general: {name} is scored by a judge, so a run cannot score it.",
+                fix=f"write predictions with `mllm-cl evaluate CHECKPOINT --tasks {name} --predict_only`.",
+            )
         if name in [task.name for task in stream]:
             raise RecipeError(
                 f"evaluation.general: {name!r} is also the name of a task of {stream.name}.", fix="rename the task."
             )
     for task in stream:
         try:
-            get_scorer(task.metric)
+            find_metric(task.metric)
         except EvaluationError as error:
             raise StreamError(
                 f"{stream.name}, task {task.name}, metric: {error.given}",
@@ -109,8 +114,7 @@ def _check_needs(methods: Sequence[Method], policy: str) -> None:
         raise MethodError(f"methods: {' and '.join(routing)} both route samples.", fix="keep one of them.")
 
 
-def _check_launcher(methods: Sequence[Method]) -> None:
-    current = launcher()
+def _check_launcher(methods: Sequence[Method], current: str) -> None:
     for method in methods:
         if current not in method.supports:
             raise MethodError(

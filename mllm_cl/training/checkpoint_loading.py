@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator, PartialState
+from peft import PeftModel
 from transformers import ProcessorMixin
 
 from mllm_cl.data.rows import Row
@@ -66,6 +67,7 @@ class Checkpoint:
     Args:
         weights: identifies base weights and adapter, for the keys of cells.
         route: task -> routing function; `None` for tasks whose rows are not routed.
+        activate: makes this checkpoint the one that `model` answers as, where several share a base model.
     """
 
     label: str
@@ -73,6 +75,7 @@ class Checkpoint:
     processor: ProcessorMixin
     weights: str
     route: Callable[[str | None], Router | None]
+    activate: Callable[[], None] = lambda: None
 
 
 def find_checkpoint(name: str, base_model: str | None = None) -> Found:
@@ -112,27 +115,59 @@ def load_checkpoint(found: Found) -> Checkpoint:
     Raises:
         ModelError: the base model does not load, or the adapter belongs to another one.
     """
-    model, processor = load_from_section(found.model)
+    return load_checkpoints([found])[0]
+
+
+def load_checkpoints(several: Sequence[Found]) -> list[Checkpoint]:
+    """Loads checkpoints that share a base model: the base once, every adapter beside it, in the order given.
+
+    `activate` switches between them. A stage that routes cannot share; it must come alone.
+
+    Raises:
+        ModelError: as `load_checkpoint`.
+    """
+    model, processor = load_from_section(several[0].model)
     base = base_fingerprint(model)
-    if found.base is not None and found.base != base:
-        raise ModelError(
-            f"{found.folder}: was trained on another base model than {found.model.name_or_path}.",
-            expected="the base model of the run, unchanged",
-            fix="give it with --base_model.",
-        )
+    for found in several:
+        if found.base is not None and found.base != base:
+            raise ModelError(
+                f"{found.folder}: was trained on another base model than {found.model.name_or_path}.",
+                expected="the base model of the run, unchanged",
+                fix="give it with --base_model.",
+            )
     place = torch.device(PartialState(cpu=not torch.cuda.is_available()).device or "cpu")
-    if found.folder is None:
-        model.to(place)  # type: ignore[arg-type]
-        return Checkpoint(found.label, model, processor, base, lambda task: None)
-    if found.kind == "stage" and found.recipe is not None:
-        methods = build_methods(found.recipe)
-        if any(overrides(method, "route") for method in methods):
-            return _routed(found, model, processor, base, place)
-    folder = found.folder / "adapter" if found.kind == "stage" else found.folder
-    peft = adapters.load_adapter(model, folder, adapters.DEFAULT)
-    adapters.set_active(peft, [adapters.DEFAULT])
-    peft.eval()
-    return Checkpoint(found.label, peft.to(place), processor, f"{base}/{folder_sha256(folder)}", lambda task: None)
+    if routes(several[0]):
+        return [_routed(several[0], model, processor, base, place)]
+    named: list[tuple[Found, list[str], str]] = []
+    for number, found in enumerate(several):
+        if found.folder is None:
+            named.append((found, [], base))
+            continue
+        folder = found.folder / "adapter" if found.kind == "stage" else found.folder
+        name = f"{adapters.DEFAULT}{number or ''}"
+        model = adapters.load_adapter(model, folder, name)
+        named.append((found, [name], f"{base}/{folder_sha256(folder)}"))
+    model.to(place)  # type: ignore[arg-type]
+    model.eval()
+    loaded = [
+        Checkpoint(found.label, model, processor, weights, lambda task: None, _activation(model, names))
+        for found, names, weights in named
+    ]
+    loaded[0].activate()
+    return loaded
+
+
+def routes(found: Found) -> bool:
+    """True if the adapters of this checkpoint are chosen row by row."""
+    if found.kind != "stage" or found.recipe is None:
+        return False
+    return any(overrides(method, "route") for method in build_methods(found.recipe))
+
+
+def _activation(model: Any, names: Sequence[str]) -> Callable[[], None]:
+    if not isinstance(model, PeftModel):
+        return lambda: None
+    return lambda: adapters.set_active(model, names)
 
 
 def _routed(found: Found, model: Any, processor: ProcessorMixin, base: str, place: torch.device) -> Checkpoint:

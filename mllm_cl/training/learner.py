@@ -15,7 +15,7 @@ import copy
 import hashlib
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from mllm_cl.methods.base import AdapterPolicy, Epochs, ReferenceKind, overrides
 from mllm_cl.models import adapters
 from mllm_cl.models.embedding import embed_inputs
 from mllm_cl.models.load import base_fingerprint
-from mllm_cl.models.parts import lora_targets
+from mllm_cl.models.parts import lora_targets, part_names
 from mllm_cl.recipe import Recipe
 from mllm_cl.streams import Stream, Task
 from mllm_cl.training.capabilities import check_lora
@@ -57,6 +57,8 @@ class Learner:
         seed: everything random is derived from it and the stage.
         policy: adapter policy when the methods leave the choice.
         max_rank: rank that the consolidated adapter is recompressed to; 4 x r when not given.
+        bridge, vision: put LoRA on these parts too.
+        part_rates: learning rates of `bridge` and `vision` when they are not the optimizer's.
     """
 
     def __init__(
@@ -71,9 +73,13 @@ class Learner:
         max_rank: int | None = None,
         bridge: bool = False,
         vision: bool = False,
+        part_rates: Mapping[str, float] | None = None,
     ) -> None:
         self.processor, self.methods, self.seed, self.stage = processor, list(methods), seed, 0
         self.policy = adapter_policy(self.methods, policy)
+        self.part_rates = dict(part_rates or {})
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.part_names = part_names(base) if self.part_rates else {}
         if isinstance(model, PeftModel):
             config = next(iter(model.peft_config.values()))
             if not isinstance(config, LoraConfig) or adapters.DEFAULT not in model.peft_config:
@@ -119,6 +125,7 @@ class Learner:
             max_rank=section.max_rank,
             bridge=section.train_bridge,
             vision=section.train_vision,
+            part_rates=section.part_rates,
         )
 
     @staticmethod

@@ -20,6 +20,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from transformers import PrinterCallback
 
+from mllm_cl.data.builders import BENCHMARKS
 from mllm_cl.data.rows import Row
 from mllm_cl.errors import RunError, StreamError
 from mllm_cl.evaluation.cell import CellResult, cell_key, evaluate_cell, read_result
@@ -97,6 +98,7 @@ class Run:
             tasks=self.tasks,
             metric=[task.metric for task in stream],
             general_names=list(self.general),
+            general_metric=[BENCHMARKS[name].metric or "" for name in self.general],
             run={"name": recipe.name, "methods": [method.name for method in methods], **environment(recipe)},
         )
         self._start()
@@ -169,7 +171,9 @@ class Run:
             self.matrix.set(stage, name, result.score, result.stderr, result.n)
         for name, rows in self.general.items():
             rows_key = f"{digest_rows(rows)}/{name}"
-            result = self._cell(stage, name, rows, rows_key, "exact_match", None, weights, None)
+            entry = BENCHMARKS[name]
+            metric = entry.metric or ""  # those without one were refused
+            result = self._cell(stage, name, rows, rows_key, metric, entry.max_new_tokens, weights, None)
             self.matrix.set_general(stage, name, result.score, result.stderr, result.n)
         self._measure_drift(stage)
         self._write_matrix()

@@ -35,8 +35,10 @@ from mllm_cl.training.arguments import adapt_arguments
 from mllm_cl.training.capabilities import check_plain
 from mllm_cl.training.checkpoint import CheckpointedTrainer, load_tree, save_tree
 from mllm_cl.training.learner import Learner
+from mllm_cl.training.part_rates import split_groups
 from mllm_cl.training.states import load_states, save_states
 
+COMPANION_KINDS = ("inquiry", "memory")
 CACHE = "cache"  # beside the checkpoints, and like them only while a task is learnt
 
 
@@ -97,7 +99,7 @@ class ContinualTrainer(CheckpointedTrainer):
         stream = stream or learner.remember(task)
         whole = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
         passes = args.max_steps * whole / len(given) if args.max_steps > 0 else args.num_train_epochs
-        cache = Path(args.output_dir) / CACHE
+        cache = Path(str(args.output_dir)) / CACHE
         self.ctx: Context = learner.begin_task(task, stream, self.accelerator, cache, max(1, math.ceil(passes)))
         rows = learner.train_rows(self.ctx, given)
         self.rows = len(rows)
@@ -105,9 +107,7 @@ class ContinualTrainer(CheckpointedTrainer):
         self._term_methods = [method for method in learner.methods if overrides(method, "loss_terms")]
         self._trained = [parameter for parameter in learner.model.parameters() if parameter.requires_grad]
         self.add_callback(_CountEpochs(self.ctx))
-        stepping = [method for method in learner.methods if overrides(method, "after_step")]
-        if stepping:
-            self.add_callback(_AfterStep(stepping, self.ctx))
+        self.add_callback(_Steps(learner.methods, self.ctx))
 
     def _learner_of(
         self,
@@ -177,6 +177,13 @@ class ContinualTrainer(CheckpointedTrainer):
             loss = loss + 0.0 * torch.stack([parameter.sum() for parameter in self._trained]).sum()
         return (loss, outputs) if return_outputs else loss
 
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        made = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if made and self.learner.part_rates:
+            split_groups(optimizer, model or self.learner.model, self.learner.part_names, self.learner.part_rates)
+        return optimizer
+
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
@@ -184,10 +191,10 @@ class ContinualTrainer(CheckpointedTrainer):
         self._term_count += 1
         self._totals = {"step": len(samples)}
         if self._term_methods:
-            inquiries = [batch[COMPANIONS]["inquiry"] for batch in samples if "inquiry" in batch.get(COMPANIONS, {})]
-            count = sum(len(batch["input_ids"]) for batch in inquiries)
-            total = torch.tensor(count, device=device)
-            self._totals["inquiry"] = self.accelerator.reduce(total, reduction="sum").clamp_min(1)  # type: ignore[union-attr]
+            for kind in COMPANION_KINDS:
+                own = [batch[COMPANIONS][kind] for batch in samples if kind in batch.get(COMPANIONS, {})]
+                total = torch.tensor(sum(len(batch["input_ids"]) for batch in own), device=device)
+                self._totals[kind] = self.accelerator.reduce(total, reduction="sum").clamp_min(1)  # type: ignore[union-attr]
         return samples, items
 
     def _shares(self, inputs: dict[str, Any], companions: dict[str, Any], items: Any) -> dict[str, Any]:
@@ -198,8 +205,8 @@ class ContinualTrainer(CheckpointedTrainer):
         else:
             shares, steps = {"step": 1 / steps}, 1
             shares["tokens"] = (inputs["labels"][:, 1:] != IGNORED).sum() / items * processes
-        if "inquiry" in companions:
-            shares["inquiry"] = len(companions["inquiry"]["input_ids"]) / self._totals["inquiry"] * processes * steps
+        for kind, batch in companions.items():
+            shares[kind] = len(batch["input_ids"]) / self._totals[kind] * processes * steps
         return shares
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -257,14 +264,20 @@ class _CountEpochs(TrainerCallback):
         self.ctx.epochs.current = int((state.epoch or 0.0) + 1e-6)
 
 
-class _AfterStep(TrainerCallback):
-    """Calls `after_step` of the methods once the parameters have moved."""
+class _Steps(TrainerCallback):
+    """Calls the hooks of the methods around the optimizer step."""
 
     def __init__(self, methods: Sequence[Method], ctx: Context) -> None:
-        self.methods, self.ctx = methods, ctx
+        self.before = [method for method in methods if overrides(method, "before_step")]
+        self.after = [method for method in methods if overrides(method, "after_step")]
+        self.ctx = ctx
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        for method in self.before:
+            method.before_step(self.ctx)
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        for method in self.methods:
+        for method in self.after:
             method.after_step(self.ctx)
 
 

@@ -8,6 +8,7 @@ import pytest
 from mllm_cl.errors import MethodError, MllmClError
 from mllm_cl.methods.spectral_consolidation import SpectralConsolidation
 from mllm_cl.models.adapters import DEFAULT, TASK, adapter_deltas
+from mllm_cl.models.parts import bridge_names
 
 
 def dense(model, name: str) -> dict[str, np.ndarray]:
@@ -49,6 +50,39 @@ def test_consolidation_is_the_formula_on_dense_matrices(options, formula, begin,
             assert np.allclose(matrix, expected[name], atol=1e-5 * max(np.abs(expected[name]).max(), 1e-3))
         if stage < 3:
             learner, ctx = begin(stream, learner=learner)
+
+
+def test_a_continued_adapter_is_consolidated_by_what_it_has_changed(begin, disturb, small_stream):
+    stream = small_stream(2, rows=4)
+    learner, ctx = begin(stream, SpectralConsolidation(adapter="continued", strength=0.5))
+    disturb(ctx.model, DEFAULT, seed=1)
+    expected = {name: power_up(update, 0.5, 1.0, True) for name, update in dense(ctx.model, DEFAULT).items()}
+    learner.end_task(ctx)
+    before = dense(learner.model, DEFAULT)
+    assert all(np.allclose(before[name], expected[name], atol=1e-5) for name in expected)
+    learner, ctx = begin(stream, learner=learner)
+    disturb(ctx.model, DEFAULT, seed=2)
+    now = dense(ctx.model, DEFAULT)
+    rank = ctx.model.peft_config[DEFAULT].r
+    learner.end_task(ctx)
+    for name, matrix in dense(learner.model, DEFAULT).items():
+        whole = before[name] + power_up(now[name] - before[name], 0.5, 1.0, True)
+        left, sigma, right = np.linalg.svd(whole)
+        cut = (left[:, :rank] * sigma[:rank]) @ right[:rank]
+        assert np.allclose(matrix, cut, atol=1e-4 * np.abs(whole).max())
+
+
+def test_the_bridge_has_a_rate_of_its_own(begin, disturb, small_stream):
+    stream = small_stream(1, rows=4)
+    learner, ctx = begin(stream, SpectralConsolidation(strength=0.5), bridge=True)
+    disturb(ctx.model, TASK, seed=1)
+    updates = dense(ctx.model, TASK)
+    bridge = [name for name in updates if name.startswith(tuple(bridge_names(ctx.model.get_base_model())))]
+    assert 0 < len(bridge) < len(updates)
+    learner.end_task(ctx)
+    for name, matrix in dense(learner.model, DEFAULT).items():
+        expected = 0.5 * updates[name] if name in bridge else power_up(updates[name], 0.5, 1.0, True)
+        assert np.allclose(matrix, expected, atol=1e-5 * max(np.abs(expected).max(), 1e-3))
 
 
 def test_overlap_reads_what_was_consolidated_before(begin, disturb, small_stream):

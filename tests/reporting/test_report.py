@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from mllm_cl.errors import RunError
 from mllm_cl.reporting import read_run, write_report
 from mllm_cl.reporting.charts import task_panels
 from mllm_cl.reporting.formatting import NOT_MEASURED, markdown_cell
-from mllm_cl.reporting.report import metric_rows
+from mllm_cl.reporting.report import drift_table, metric_rows
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -100,6 +101,24 @@ def test_every_number_of_the_matrix_is_shown(page):
         assert row.label in text
         assert row.sentence in text
         assert row.value in text
+
+
+def test_drift_is_shown_for_the_stages_that_have_it(fake_run):
+    folder = fake_run("drifting")
+    entries = [
+        {"event": "drift", "stage": 0, "feature_shift": 0.0, "one_word_share": 12.5, "mean_words": 6.25, "n": 8},
+        {"event": "drift", "stage": 2, "feature_shift": 0.4321, "one_word_share": 87.5, "mean_words": 1.5, "n": 8},
+    ]
+    with (folder / "ledger.jsonl").open("a") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in entries)
+    header, *rows = drift_table(read_run(folder))
+    stages = read_run(folder).stages
+    assert [row[0] for row in rows] == ["0-base", stages[1].name]
+    assert len(header) == len(rows[0]) == 4
+    text = write_report(folder).read_text(encoding="utf-8")
+    assert "Drift of the language side" in text
+    assert all(cell in text for row in rows for cell in row)
+    assert "Drift" not in write_report(fake_run("no-drift")).read_text(encoding="utf-8")
 
 
 def test_baseline_is_compared(page):

@@ -1,0 +1,136 @@
+"""Recipes run one per process and read back: what `results.py` and `study.py` share. A finished run is never run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAINING = {"learning_rate": 5e-3, "num_train_epochs": 4, "per_device_train_batch_size": 16}
+GENERAL = "quickstart-general"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: a method on a stream in some order with a seed.
+
+    Args:
+        label: the method's name in tables.
+        methods: as in a recipe.
+        split: `validation` to choose, `test` to report.
+        changes: further sections of the recipe, merged into it.
+    """
+
+    label: str
+    methods: list[Any]
+    stream: str = "quickstart"
+    order: tuple[str, ...] | None = None
+    order_name: str = "given"
+    seed: int = 0
+    split: str = "test"
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        """Name of the run's folder."""
+        parts = [self.label, *([] if self.stream == "quickstart" else [self.stream])]
+        parts += [] if self.order_name == "given" else [self.order_name]
+        parts += [] if self.split == "test" else [self.split]
+        return re.sub(r"[^a-z0-9]+", "-", "-".join([*parts, str(self.seed)]).lower())
+
+    def recipe(self, output: Path) -> dict[str, Any]:
+        """The recipe of the run below `output`."""
+        stream: dict[str, Any] = {"name": self.stream, "limit": {"test": 160, "validation": 80}}
+        stream |= {"order": list(self.order)} if self.order else {}
+        content: dict[str, Any] = {
+            "name": f"{self.label}, {self.stream}, {self.order_name} order, seed {self.seed}",
+            "output_dir": str(output / self.folder),
+            "seed": self.seed,
+            "stream": stream,
+            "methods": self.methods,
+            "training": dict(TRAINING),
+            "evaluation": {"general": [GENERAL], "split": self.split},
+        }
+        for section, changes in self.changes.items():
+            content[section] = {**content.get(section, {}), **changes}
+        return content
+
+
+def run_all(jobs: Sequence[Job], output: Path, at_once: int = 1) -> None:
+    """Runs what is not finished, each in a process of its own with one thread.
+
+    Raises:
+        SystemExit: a run failed; its output is shown.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    waiting = [job for job in jobs if read(job, output) is None]
+    with ThreadPoolExecutor(at_once) as pool:
+        for line in pool.map(lambda job: _run(job, output), waiting):
+            print(line, flush=True)
+
+
+def _run(job: Job, output: Path) -> str:
+    path = output / f"{job.folder}.yaml"
+    path.write_text(json.dumps(job.recipe(output)), encoding="utf-8")  # JSON is YAML
+    command = [sys.executable, str(ROOT / "recipes" / "train.py"), str(path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{job.folder} failed:\n{done.stdout}\n{done.stderr}")
+    return f"{job.folder}: done"
+
+
+def read(job: Job, output: Path) -> dict[str, Any] | None:
+    """Returns the matrix of a finished run, with the ledger's entries of trained stages and drift; else `None`."""
+    ledger = output / job.folder / "ledger.jsonl"
+    if not ledger.exists():
+        return None
+    entries = [json.loads(line) for line in ledger.read_text(encoding="utf-8").splitlines()]
+    if not any(entry["event"] == "run_complete" for entry in entries):
+        return None
+    matrix = json.loads((output / job.folder / "matrix.json").read_text(encoding="utf-8"))
+    events = {event: [e for e in entries if e["event"] == event] for event in ("stage_trained", "drift")}
+    return matrix | {"trained": events["stage_trained"], "drift": events["drift"]}
+
+
+def read_all(jobs: Iterable[Job], output: Path) -> dict[str, list[dict[str, Any]]]:
+    """Returns the finished runs by label, labels in the order of the jobs."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for job in jobs:
+        matrix = read(job, output)
+        found.setdefault(job.label, [])
+        if matrix is not None:
+            found[job.label].append(matrix)
+    return found
+
+
+def spread(values: Sequence[float | None], digits: int = 1) -> str:
+    """Mean ± standard deviation over runs; a dash when nothing is known."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    deviation = f" ± {statistics.stdev(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{statistics.mean(known):.{digits}f}{deviation}"
+
+
+def general_at(matrix: dict[str, Any], stage: int) -> float | None:
+    """Score on the general benchmark at a row of the matrix (0: the untouched model, -1: the last stage)."""
+    return matrix["general"]["values"][stage][0]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return [
+        "| " + " | ".join(header) + " |",
+        "|" + "---|" * len(header),
+        *("| " + " | ".join(row) + " |" for row in rows),
+    ]

@@ -1,0 +1,155 @@
+"""Time per row of `ContinualTrainer` against the plain `transformers.Trainer`, in pairs within one process.
+
+    python benchmarks/step_overhead.py --output step_overhead.json
+
+All train the same LoRA on the same model for as many rows per step:
+
+- `plain`: `transformers.Trainer`, the rows of a task.
+- `no methods`: `ContinualTrainer` without methods.
+- `SAC + UIR`: half of the rows are the task's, half inquiries with targets from the cache; the consolidation at the end
+  of the task counts, computing the targets is timed by itself.
+- `teacher in the step`: the same rows, but each step runs the reference's forward pass: what the cache saves. (The
+  reference's answers are still written once per task.)
+
+The order changes from round to round; a ratio is the median over rounds of (variant / plain of the same round).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainingArguments
+
+from mllm_cl.data.builders.quickstart import build_task
+from mllm_cl.data.collate import Collator
+from mllm_cl.methods.base import Method
+from mllm_cl.methods.inquiry_regularization import InquiryRegularization
+from mllm_cl.methods.spectral_consolidation import SpectralConsolidation
+from mllm_cl.models.load import load_model
+from mllm_cl.models.parts import lora_targets
+from mllm_cl.streams import Stream, Task
+from mllm_cl.training.learner import Learner
+from mllm_cl.training.trainer import ContinualTrainer
+
+
+class TeacherInTheStep(InquiryRegularization):
+    """UIR that asks the reference at every step instead of once per task."""
+
+    name = "teacher_in_the_step"
+
+    def loss_terms(self, ctx: Any, model: Any, batch: Any, outputs: Any) -> dict[str, torch.Tensor]:
+        inquiries = batch.companions.get("inquiry")
+        if inquiries is not None:
+            mask = self.probe.mask(inquiries)
+            with ctx.reference("base"):
+                kept = self.probe.keep(self.probe.states(ctx.model, inquiries, mask))
+            sizes = mask.sum(dim=1).tolist()
+            inquiries["targets"] = {name: list(values.split(sizes)) for name, values in kept.items()}
+        return super().loss_terms(ctx, model, batch, outputs)
+
+
+def task_of(rows: int) -> Task:
+    """Real rows of the quickstart stream, as many as asked for."""
+    return Task("rows", build_task("digit-parity")["train"][:rows], test=())
+
+
+def arguments(folder: Path, batch: int) -> TrainingArguments:
+    """The same for all variants."""
+    return TrainingArguments(
+        str(folder),
+        learning_rate=1e-3,
+        num_train_epochs=1,
+        per_device_train_batch_size=batch,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        use_cpu=not torch.cuda.is_available(),
+    )
+
+
+def plain(rows: int, batch: int, folder: Path) -> tuple[float, float]:
+    """Seconds to train `rows` rows with `transformers.Trainer`."""
+    model, processor = load_model("tiny-llava")
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules=lora_targets(model))
+    trainer = Trainer(
+        model=get_peft_model(model, lora),  # type: ignore[arg-type]
+        args=arguments(folder, batch),
+        train_dataset=task_of(rows).train,  # type: ignore[arg-type]
+        data_collator=Collator(processor),
+    )
+    start = time.perf_counter()
+    trainer.train()
+    return time.perf_counter() - start, 0.0
+
+
+def continual(methods: Callable[[], list[Method]], rows: int, batch: int, folder: Path) -> tuple[float, float]:
+    """Seconds to train `rows` rows with `ContinualTrainer`, and seconds to prepare them."""
+    model, processor = load_model("tiny-llava")
+    learner = Learner(model, processor, methods(), seed=0)
+    start = time.perf_counter()
+    task = task_of(rows)
+    made = time.perf_counter() - start
+    trainer = ContinualTrainer(args=arguments(folder, batch), task=task, stream=Stream("one", (task,)), learner=learner)
+    prepared = time.perf_counter()
+    trainer.train()
+    return time.perf_counter() - prepared, prepared - start - made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=512, help="rows per measurement, inquiries included")
+    parser.add_argument("--batch", type=int, default=32, help="rows per step, inquiries included")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+
+    half = {"rows": given.rows // 2, "batch": given.batch // 2}
+    whole = {"rows": given.rows, "batch": given.batch}
+    variants: dict[str, Callable[[Path], tuple[float, float]]] = {
+        "plain": lambda folder: plain(**whole, folder=folder),
+        "no methods": lambda folder: continual(list, **whole, folder=folder),
+        "SAC + UIR": lambda folder: continual(
+            lambda: [SpectralConsolidation(), InquiryRegularization()], **half, folder=folder
+        ),
+        "teacher in the step": lambda folder: continual(
+            lambda: [SpectralConsolidation(), TeacherInTheStep()], **half, folder=folder
+        ),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    preparing: dict[str, list[float]] = {name: [] for name in variants}
+    names = list(variants)
+    for turn in range(given.rounds + 1):  # the first round warms up
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            with tempfile.TemporaryDirectory() as folder:
+                trained, prepared = variants[name](Path(folder))
+            if turn:
+                seconds[name].append(trained)
+                preparing[name].append(prepared)
+    result = {
+        name: {
+            "seconds": [round(value, 3) for value in own],
+            "ratio": round(statistics.median(a / b for a, b in zip(own, seconds["plain"])), 3),
+            "preparing_seconds": round(statistics.median(preparing[name]), 3),
+        }
+        for name, own in seconds.items()
+    }
+    report = {"rows": given.rows, "batch": given.batch, "threads": 1, "torch": torch.__version__, "variants": result}
+    print(json.dumps(report, indent=2))
+    if given.output:
+        given.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""The LLaVA-c study: runs what is missing and writes every table and figure of docs/llava_c.md.
+
+    python benchmarks/study.py --output runs/study                    # everything; interrupted, it continues
+    python benchmarks/study.py --output runs/study --chapters pilot   # one chapter
+    python benchmarks/study.py --output runs/study --reduced          # one seed, short training, in minutes
+    python benchmarks/study.py --output runs/study --report-only      # only the page, from the runs that exist
+
+Chapters: `pilot` (SAC variants on the same pair of checkpoints, at equal update norm), `presets` (UIR presets and
+weights), `chain` (SAC variants with UIR in the loop), `streams` (the default against the other methods on three streams,
+two orders), `together` (with a small replay, with per-task adapters), `spectra` (singular values of the updates).
+Choices are made on validation splits (`pilot`, `presets`, `chain`); `streams` and `together` report on test splits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from run_grid import ROOT, Job, general_at, read, read_all, run_all, spread, table
+from study_pair import pilot_rows, spectra_rows
+
+PAGE = ROOT / "docs" / "llava_c.md"
+SAC, UIR = "spectral_consolidation", "inquiry_regularization"
+TASKS = {
+    "quickstart": ("digit-parity", "face-check", "compass", "surface-options", "coin-count", "ink-list"),
+    "study-letters": ("letter-case", "vowel-check", "letter-count", "letter-side"),
+    "study-surfaces": ("surface-name", "lighting", "mixed-halves", "frame-check"),
+}
+COLUMNS = {
+    "final average": "mean_final_accuracy",
+    "just learnt": "mean_finetune_accuracy",
+    "backward transfer": "backward_transfer",
+}
+SHORT = {"training": {"num_train_epochs": 1}, "stream": {"limit": {"train": 160, "validation": 40, "test": 40}}}
+
+PRESETS: dict[str, list[Any]] = {
+    "none": [SAC],
+    **{
+        preset: [SAC, {UIR: {"preset": preset}}]
+        for preset in ("uir_feat", "uir_cos", "uir_kl", "uir_self", "uir_image", "uir_task", "uir_prev", "uir_memory")
+    },
+    "uir_memory, weight 1": [SAC, {UIR: {"weight": 1.0}}],
+    "uir_memory, weight 4": [SAC, {UIR: {"weight": 4.0}}],
+    "uir_memory, ratio 0.5": [SAC, {UIR: {"ratio": 0.5}}],
+}
+CHAIN: dict[str, list[Any]] = {
+    "UIR alone": [UIR],
+    **{
+        f"UIR + {rate} {strength}": [{SAC: {"rate": rate, "strength": strength}}, UIR]
+        for rate in ("uniform", "power_up", "power_down", "wiener")
+        for strength in (0.7, 0.9)
+    },
+    "UIR + overlap 0.9": [{SAC: {"rate": "overlap", "strength": 0.9}}, UIR],
+}
+METHODS: dict[str, list[Any]] = {
+    "finetune": ["finetune"],
+    "joint": ["joint"],
+    "single": ["single"],
+    "LLaVA-c (SAC + UIR)": [SAC, UIR],
+    "ModelMix": [{SAC: {"rate": "uniform", "strength": 0.5}}],
+    "ewc": ["ewc"],
+    "lwf": ["lwf"],
+    "replay 1 %": [{"replay": {"size": 38, "share": 0.25, "policy": "balanced"}}],
+    "replay 5 %": [{"replay": {"size": 192, "share": 0.25, "policy": "balanced"}}],
+}
+TOGETHER: dict[str, list[Any]] = {
+    "LLaVA-c (SAC + UIR)": [SAC, UIR],
+    "LLaVA-c + replay 1 %": [SAC, UIR, METHODS["replay 1 %"][0]],
+    "replay 1 %": METHODS["replay 1 %"],
+    "task_adapters + UIR": [{"task_adapters": {"router": "prototype"}}, {UIR: {"inquiry_memory": 0}}],
+    "task_adapters": [{"task_adapters": {"router": "prototype"}}],
+}
+
+
+def jobs_of(
+    variants: dict[str, list[Any]], *, seeds: Sequence[int], split: str, streams: Sequence[str], orders: Sequence[str]
+) -> list[Job]:
+    """All combinations, methods of one setting together so that a table fills row by row."""
+    return [
+        Job(label, methods, stream, TASKS[stream][::-1] if order == "reversed" else None, order, seed, split)
+        for seed in seeds
+        for stream in streams
+        for order in orders
+        for label, methods in variants.items()
+    ]
+
+
+def chapters(seeds: Sequence[int]) -> dict[str, list[Job]]:
+    """The runs of each chapter that consists of runs."""
+    one, given, both = ("quickstart",), ("given",), ("given", "reversed")
+    return {
+        "presets": jobs_of(PRESETS, seeds=seeds[:1], split="validation", streams=one, orders=given),
+        "chain": jobs_of(CHAIN, seeds=seeds[:1], split="validation", streams=one, orders=given),
+        "streams": jobs_of(METHODS, seeds=seeds, split="test", streams=tuple(TASKS), orders=both),
+        "together": jobs_of(TOGETHER, seeds=seeds, split="test", streams=one, orders=given),
+    }
+
+
+def short(job: Job) -> Job:
+    """The same run with few rows and one epoch: shows that everything works, decides nothing."""
+    return replace(job, label=f"short {job.label}", changes=SHORT)
+
+
+def results(jobs: Sequence[Job], output: Path) -> list[str]:
+    """Lines of a table: one row per label, mean ± standard deviation over its finished runs."""
+    rows = []
+    for label, found in read_all(jobs, output).items():
+        if not found:
+            continue
+        own = [spread([matrix["derived"][key] for matrix in found]) for key in COLUMNS.values()]
+        change = [general_at(matrix, -1) - general_at(matrix, 0) for matrix in found]  # type: ignore[operator]
+        shift = [matrix["drift"][-1]["feature_shift"] if matrix["drift"] else None for matrix in found]
+        words = [matrix["drift"][-1]["one_word_share"] if matrix["drift"] else None for matrix in found]
+        rows.append([label, *own, spread(change), spread(shift, 3), spread(words), str(len(found))])
+    header = ["", *COLUMNS, "change of general ability", "feature shift", "one-word answers", "runs"]
+    return table(header, rows) if rows else ["*Not run yet.*"]
+
+
+def by_setting(jobs: Sequence[Job], output: Path) -> list[str]:
+    """One table per stream and order."""
+    lines: list[str] = []
+    for stream in TASKS:
+        for order in ("given", "reversed"):
+            own = [job for job in jobs if (job.stream, job.order_name) == (stream, order)]
+            if any(read(job, output) for job in own):
+                lines += [f"**{stream}, {order} order**", "", *results(own, output), ""]
+    return lines or ["*Not run yet.*"]
+
+
+def put(text: str, name: str, lines: Sequence[str]) -> str:
+    """Replaces what stands between the markers of a chapter."""
+    start, end = f"<!-- study:{name} -->", f"<!-- /study:{name} -->"
+    pattern = re.compile(re.escape(start) + ".*?" + re.escape(end), re.DOTALL)
+    if not pattern.search(text):
+        raise SystemExit(f"{PAGE}: has no place marked {start}")
+    return pattern.sub(lambda _: "\n".join([start, *lines, end]), text)
+
+
+def main() -> None:
+    known = ("pilot", "presets", "chain", "streams", "together", "spectra")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/study"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--chapters", nargs="+", choices=known, default=list(known))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
+    parser.add_argument("--reduced", action="store_true", help="one seed, few rows, nothing written to docs/")
+    parser.add_argument("--report-only", action="store_true")
+    given = parser.parse_args()
+
+    planned = chapters(given.seeds[:1] if given.reduced else given.seeds)
+    if given.reduced:
+        planned = {name: [short(job) for job in jobs if job.order_name == "given"] for name, jobs in planned.items()}
+    writers: dict[str, Callable[[], list[str]]] = {
+        "pilot": lambda: pilot_rows(given.output / "pair", SHORT if given.reduced else {}, given.report_only),
+        "spectra": lambda: spectra_rows(given.output / "pair"),
+        **{name: lambda name=name: results(planned[name], given.output) for name in ("presets", "chain", "together")},
+        "streams": lambda: by_setting(planned["streams"], given.output),
+    }
+    text = PAGE.read_text(encoding="utf-8")
+    for name in given.chapters:
+        if name in planned and not given.report_only:
+            run_all(planned[name], given.output, given.jobs)
+        lines = writers[name]()
+        print(f"\n## {name}\n", *lines, sep="\n", flush=True)
+        text = put(text, name, lines)
+        if not given.reduced:
+            PAGE.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

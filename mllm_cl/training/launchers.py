@@ -1,0 +1,80 @@
+"""How this process was started, and what works under which launcher: the rules behind docs/compatibility.md."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mllm_cl.errors import RecipeError
+
+LAUNCHERS = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
+QUANTIZATIONS = (None, "4bit", "8bit")
+
+# Why a launcher is refused for every method. A test holds the words of docs/compatibility.md against them.
+REFUSED: dict[str, str] = {
+    "zero1": "DeepSpeed writes its checkpoints as pickles, and resuming a task under it has not been tested",
+    "zero2": "DeepSpeed writes its checkpoints as pickles, and resuming a task under it has not been tested",
+    "zero3": "adapters are added, merged and evaluated between tasks, which sharded base weights do not allow yet",
+    "fsdp2": "adapters are added, merged and evaluated between tasks, which sharded base weights do not allow yet",
+}
+QUANTIZED_DDP = "copies of quantised weights on several processes have not been tested"
+
+
+def launcher(training: Mapping[str, Any] | None = None) -> str:
+    """Returns one of `LAUNCHERS`, from the environment that accelerate and torchrun set and the `training` section."""
+    section = training or {}
+    deepspeed = section.get("deepspeed")
+    if deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        return f"zero{_zero_stage(deepspeed)}"
+    if section.get("fsdp") or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        return "fsdp2"
+    return "ddp" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "single"
+
+
+def _zero_stage(deepspeed: Any) -> int:
+    """The stage that a DeepSpeed configuration (a mapping, a file, or accelerate's environment) asks for; 0 counts as 1."""
+    stage: Any = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)
+    path = deepspeed if isinstance(deepspeed, str) else os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    config = deepspeed if isinstance(deepspeed, Mapping) else None
+    if config is None and path not in (None, "none"):
+        try:
+            config = json.loads(Path(str(path)).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RecipeError(
+                f"training.deepspeed: {path} cannot be read ({error}).", expected="a JSON file"
+            ) from error
+    if config is not None:
+        stage = config.get("zero_optimization", {}).get("stage", 0)
+    return max(1, int(stage)) if str(stage).isdigit() else 2
+
+
+def refusal(started: str, quantization: str | None) -> str | None:
+    """Returns why this combination is refused, `None` if it works; the same for every method."""
+    if started in REFUSED:
+        return REFUSED[started]
+    return QUANTIZED_DDP if started == "ddp" and quantization is not None else None
+
+
+def check_launcher(started: str, quantization: str | None) -> None:
+    """Refuses a launcher before any weight is loaded.
+
+    Raises:
+        RecipeError: it does not work here; the message says what does.
+    """
+    why = refusal(started, quantization)
+    if why is None:
+        return
+    what = (
+        started if quantization is None or started in REFUSED else f"{started} with model.quantization: {quantization}"
+    )
+    instead = "one process, or a float base" if started == "ddp" else "torchrun or recipes/accelerate/ddp.yaml"
+    raise RecipeError(
+        f"launcher: {what} does not work ({why}).",
+        expected="single or ddp; single when model.quantization is set",
+        fix=f"start with {instead}; to save memory: training.activation_checkpointing, training.bf16, "
+        "gradient_accumulation_steps with smaller batches, model.quantization on one process. "
+        "See docs/compatibility.md.",
+    )

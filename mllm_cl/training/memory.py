@@ -1,0 +1,264 @@
+"""How much memory a recipe needs, before any weight is read.
+
+Weights, adapters, gradients and optimizer states are counted from the architecture. Activations come from a training step
+of the decoder on tensors without values: every operation reports what it allocates and what is freed again, and the
+largest sum is the peak. Image towers whose weights are frozen keep nothing for the backward pass and are left out.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from mllm_cl.data.collate import Collator
+from mllm_cl.data.rows import Row
+from mllm_cl.evaluation.engine import GenerationSettings, token_counts
+from mllm_cl.methods import adapter_policy
+from mllm_cl.methods.base import Method
+from mllm_cl.models.load import empty_model, processor_of_section
+from mllm_cl.models.parts import decoder_name, lora_targets
+from mllm_cl.recipe import Recipe
+from mllm_cl.training.arguments import DEFAULTS
+from mllm_cl.training.capabilities import check_lora
+
+MIB = 2**20
+_LOOKED_AT = 512  # rows whose length is looked at
+# bytes per trainable parameter; optimizers that are not listed count like AdamW
+_OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 4, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2}
+_ADAMW_BYTES = 8
+_QUANTISED_BYTES = {"4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}  # codes, scales, scales of the scales
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes by what they are for; `training` and `evaluation` are peaks on top of the rest.
+
+    Args:
+        weights: base weights.
+        adapters: all adapters that exist while a task is learnt.
+        gradients: of what is trained.
+        optimizer: states of the optimizer.
+        activations: peak of one training step, inquiries and other companions of the methods included.
+        methods: copies of adapters that methods keep for reference.
+        evaluation: peak of one generation batch (cache of keys and values, activations).
+        libraries: what the process holds before it has a model; 0 where the device does not hold it.
+        rows, length: rows of a batch and tokens of its longest row that this holds for.
+    """
+
+    weights: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    methods: int
+    evaluation: int
+    libraries: int
+    rows: int
+    length: int
+
+    @property
+    def total(self) -> int:
+        """The peak of the run: of training or of evaluation, whichever is larger."""
+        training = self.gradients + self.optimizer + self.activations
+        return self.libraries + self.weights + self.adapters + self.methods + max(training, self.evaluation)
+
+
+def estimate_memory(
+    recipe: Recipe, methods: Sequence[Method], train: Sequence[Row], test: Sequence[Row], *, libraries: int = 0
+) -> MemoryEstimate:
+    """Estimates the peak memory of a run on one device.
+
+    Args:
+        recipe: what would be run.
+        methods: its methods.
+        train, test: rows of its tasks; the longest of the first few hundred are taken.
+        libraries: bytes that the process holds already.
+
+    Raises:
+        MllmClError: the model's configuration or processor cannot be loaded.
+    """
+    section, training = recipe.model, DEFAULTS | recipe.training
+    processor = processor_of_section(section)
+    rows = int(training["per_device_train_batch_size"])
+    inputs = Collator(processor)(longest(processor, train, rows))
+    length = inputs["input_ids"].shape[1]
+
+    model = empty_model(section)
+    targets = lora_targets(model, bridge=section.train_bridge, vision=section.train_vision)
+    quantised = section.quantization
+    weights = sum(_bytes(tensor) for tensor in [*model.parameters(), *model.buffers()])
+    if quantised is not None:
+        weights -= round(sum(_saved_bytes(module.weight, quantised) for module in _decoder_linears(model)))
+    settings = check_lora(section.lora)
+    settings.target_modules = settings.target_modules or targets
+    adapted = _with_adapter(model, settings)
+    one = sum(_bytes(p) for name, p in adapted.named_parameters() if ".lora_" in name)
+    policy = adapter_policy(methods, section.adapters)
+    copies = _adapters_at_once(policy, section.max_rank or 4 * settings.r, settings.r)
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        _make_fake(adapted, mode)
+        together = rows * (1.0 + _companions(methods))
+        steps = [
+            _training_peak(adapted, size, length, training) for size in (1, 2)
+        ]  # what a row adds, and what is there anyway
+        activations = round(steps[0] + (steps[1] - steps[0]) * (together - 1))
+        asked = min(len(test), GenerationSettings(batch_size=recipe.evaluation.batch_size).rows_per_batch)
+        answered = (
+            max(token_counts(processor, longest(processor, test, 1)), default=0) + recipe.evaluation.max_new_tokens
+        )
+        evaluation = _generation_peak(adapted, max(1, asked), answered)
+    gc.collect()
+    trained = one // 4  # adapters are float32
+    return MemoryEstimate(
+        weights=weights,
+        adapters=round(one * copies),
+        gradients=one,
+        optimizer=trained * _OPTIMIZER_BYTES.get(str(training.get("optim", "adamw")), _ADAMW_BYTES),
+        activations=activations,
+        methods=one if policy == "one" and any("previous" in method.needs for method in methods) else 0,
+        evaluation=evaluation,
+        libraries=libraries,
+        rows=rows,
+        length=length,
+    )
+
+
+def longest(processor: Any, rows: Sequence[Row], count: int) -> list[Row]:
+    """Returns the longest of the first rows: what a batch can be at worst."""
+    looked_at = [rows[index] for index in range(min(len(rows), max(count, _LOOKED_AT)))]
+    counts = token_counts(processor, looked_at)
+    order = sorted(range(len(looked_at)), key=lambda index: -counts[index])
+    return [looked_at[index] for index in order[:count]]
+
+
+def _adapters_at_once(policy: str, max_rank: int, rank: int) -> float:
+    """Adapters of one task's size that are there at the end of a task; merging needs the old and the new one."""
+    return {"one": 1.0, "per_task": 1.0}.get(policy, 1.0 + max_rank / rank)
+
+
+def _companions(methods: Sequence[Method]) -> float:
+    """Rows that methods put beside each row of a task, with gradients (`ratio` of the method)."""
+    return sum(float(getattr(method, "ratio", 0.0)) for method in methods)
+
+
+def _decoder_linears(model: PreTrainedModel) -> Iterator[nn.Linear]:
+    decoder = f"{decoder_name(model)}."
+    return (m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.startswith(decoder))
+
+
+def _with_adapter(model: PreTrainedModel, settings: LoraConfig) -> PeftModel:
+    with torch.device("meta"):
+        return get_peft_model(model, copy.deepcopy(settings))  # type: ignore[return-value]
+
+
+def _saved_bytes(weight: Tensor, quantization: str) -> float:
+    return _bytes(weight) - weight.numel() * _QUANTISED_BYTES[quantization]
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
+    """Turns parameters and buffers without values into ones that say they are on the CPU, so that the same kernels are
+    chosen as in a real run."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                fake = FakeTensor(mode, parameter.detach(), torch.device("cpu"))
+                module._parameters[name] = nn.Parameter(fake, requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = FakeTensor(mode, buffer.detach(), torch.device("cpu"))
+
+
+def _training_peak(model: PeftModel, rows: int, length: int, training: dict[str, Any]) -> int:
+    """Peak bytes of forward and backward through decoder and head, gradients of the parameters left out."""
+    base: Any = model.get_base_model()
+    decoder, head = base.get_decoder(), base.get_output_embeddings()
+    base.train()
+    if training.get("activation_checkpointing"):
+        base.activation_checkpointing_enable({"use_reentrant": False})
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    embedding = base.get_input_embeddings().weight
+    with _peak() as peak:
+        inputs = torch.zeros(rows, length, embedding.shape[1], dtype=embedding.dtype)
+        labels = torch.zeros(rows * length, dtype=torch.long)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bool(training.get("bf16"))):
+            hidden = decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state
+            logits = head(hidden).float()
+            loss = nn.functional.cross_entropy(logits.view(rows * length, -1), labels, reduction="sum")
+        del hidden, logits
+        gradients = torch.autograd.grad(loss, trainable, allow_unused=True)
+    own = sum(_bytes(gradient) for gradient in gradients if gradient is not None)
+    return max(0, peak.largest - own)
+
+
+def _generation_peak(model: PeftModel, rows: int, length: int) -> int:
+    """Peak bytes of reading a batch of prompts, with the cache that it leaves."""
+    base: Any = model.get_base_model()
+    base.eval()
+    embedding = base.get_input_embeddings().weight
+    with torch.no_grad(), _peak() as peak:
+        inputs = torch.zeros(rows, length, embedding.shape[1], dtype=embedding.dtype)
+        out = base.get_decoder()(inputs_embeds=inputs, use_cache=True)
+        base.get_output_embeddings()(out.last_hidden_state[:, -1:])
+    return peak.largest
+
+
+class _Peak(TorchDispatchMode):
+    """Sums the storages that are alive; `largest` is the peak of that sum in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive, self.largest = 0, 0
+        self._known: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in before:
+                self._note(leaf.untyped_storage())
+        return out
+
+    def _note(self, storage: Any) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._known:
+            return
+
+        def freed(_: Any) -> None:
+            self._known.pop(key, None)
+            self.alive -= size
+
+        self._known[key] = weakref.ref(storage, freed)
+        self.alive += size
+        self.largest = max(self.largest, self.alive)
+
+
+@contextmanager
+def _peak() -> Iterator[_Peak]:
+    with _Peak() as peak:
+        yield peak
+
+
+def readable(count: float) -> str:
+    """Returns bytes as people read them."""
+    if count < 1024 * MIB:
+        return f"{count / MIB:.1f} MiB" if count < 100 * MIB else f"{math.ceil(count / MIB)} MiB"
+    return f"{count / (1024 * MIB):.2f} GiB"
