@@ -22,7 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-WORDS = "the a red green small large car dog tree street on under beside with two three people stand run blue".split()
+TEXT = "the a red green small large car dog tree street on under beside with two three people stand run blue"
+WORDS = TEXT.split()
 
 
 def sentence(rng: random.Random, words: int) -> str:

@@ -18,7 +18,6 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-ORDER = ["digit-parity", "compass"]
 LLAVA_C = ["spectral_consolidation", {"inquiry_regularization": {"ratio": 0.25}}]
 CASES = {
     "tiny finetune": {"methods": ["finetune"], "batch": 16},
@@ -44,17 +43,45 @@ def build_mid(folder: Path) -> None:
     processor.save_pretrained(folder)
 
 
+def write_stream(folder: Path, rows: int) -> Path:
+    """Writes two tasks of one picture each row."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (64, 64), (200, 30, 30)).save(folder / "red.png")
+    lines = ["name: two", "tasks:"]
+    for task, question in (("colours", "What is this? Answer with one word."), ("names", "Name it in a few words.")):
+        for split, count in (("train", rows), ("test", 2)):
+            turns = [
+                {"from": "human", "value": f"<image>\n{question}"},
+                {"from": "gpt", "value": "a photo of a red cat"},
+            ]
+            made = [{"id": f"{task}-{split}-{i}", "image": "red.png", "conversations": turns} for i in range(count)]
+            (folder / f"{task}-{split}.json").write_text(json.dumps(made), encoding="utf-8")
+        lines += [
+            f"  - {{name: {task}, train: {task}-train.json, test: {task}-test.json, image_folder: ., metric: exact_match}}"
+        ]
+    (folder / "stream.yaml").write_text("\n".join(lines), encoding="utf-8")
+    return folder / "stream.yaml"
+
+
 def recipe_of(case: str, model: str, folder: Path) -> dict:
     settings = CASES[case]
+    batch, name = settings["batch"], case.replace(" ", "-").replace(",", "")
     return {
-        "name": case.replace(" ", "-"),
-        "output_dir": str(folder / case.replace(" ", "-").replace(",", "")),
+        "name": name,
+        "output_dir": str(folder / name),
         "model": {"name_or_path": model, "lora": {"r": 16, "lora_alpha": 32}, **settings.get("model", {})},
-        "stream": {"name": "quickstart", "order": ORDER, "limit": {"train": 2 * settings["batch"], "test": 4}},
+        "stream": {"path": str(write_stream(folder / f"stream-{batch}", 2 * batch))},
         "methods": settings["methods"],
-        "training": {"per_device_train_batch_size": settings["batch"], "use_cpu": True, "save_strategy": "no", **settings.get("training", {})},
-        "evaluation": {"batch_size": 4, "max_new_tokens": 4, "stage_zero": False},
-    }  # fmt: skip
+        "training": {
+            "per_device_train_batch_size": batch,
+            "use_cpu": True,
+            "save_strategy": "no",
+            **settings.get("training", {}),
+        },
+        "evaluation": {"batch_size": 4, "max_new_tokens": 4, "stage_zero": False, "drift": 0},
+    }
 
 
 def resident() -> int:

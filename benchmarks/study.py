@@ -51,7 +51,7 @@ CHAIN: dict[str, list[Any]] = {
     "UIR alone": [UIR],
     **{
         f"UIR + {rate} {strength}": [{SAC: {"rate": rate, "strength": strength}}, UIR]
-        for rate in ("uniform", "power_up", "power_down", "wiener")
+        for rate in ("uniform", "saturate", "power_down", "power_up", "wiener")
         for strength in (0.7, 0.9)
     },
     "UIR + overlap 0.9": [{SAC: {"rate": "overlap", "strength": 0.9}}, UIR],

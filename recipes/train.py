@@ -47,11 +47,18 @@ def main(arguments: list[str]) -> int:
 def _run(arguments: list[str], is_main: bool) -> None:
     if not arguments:
         raise RecipeError("no recipe is given.", expected="recipes/train.py RECIPE [section.key=value ...]")
+    from accelerate import PartialState
+
+    from mllm_cl.cli.pull import resume_from_hub
     from mllm_cl.cli.run import execute
     from mllm_cl.recipe import load_recipe
     from mllm_cl.training.loop import run_stream
 
     recipe = load_recipe(Path(arguments[0]), arguments[1:])
+    if recipe.hub.push:
+        if is_main:
+            resume_from_hub(recipe)
+        PartialState().wait_for_everyone()  # all of them read the folder
     if is_main:
         execute(recipe)
     else:

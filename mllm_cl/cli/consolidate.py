@@ -17,8 +17,8 @@ def consolidate(
         list[Path], typer.Argument(help="LoRA folders of the same base model, in the order of the tasks.")
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder of the new adapter; must not exist.")],
-    rate: Annotated[str, typer.Option(help="Spectral rate: power_up, uniform, wiener, ...")] = "power_up",
-    strength: Annotated[float, typer.Option(help="Share of each update's norm that is kept.")] = 0.5,
+    rate: Annotated[str, typer.Option(help="Spectral rate: saturate, uniform, power_up, wiener, ...")] = "saturate",
+    strength: Annotated[float, typer.Option(help="Share of each update's norm that is kept.")] = 0.9,
     match: Annotated[str, typer.Option(help="Norm that the strength refers to: none, fro, nuclear, spectral.")] = "fro",
     schedule: Annotated[str, typer.Option(help="Strength over tasks: constant, inverse, inverse_sqrt.")] = "constant",
     granularity: Annotated[str, typer.Option(help="matrix, layer_type or global.")] = "matrix",

@@ -77,7 +77,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_updates_are_scaled_and_added_in_turn(settings, make_folder, call: Call, tmp_path):
     (one, first), (two, second) = make_folder("one", 1, **settings), make_folder("two", 2)
-    done = call("consolidate", one, two, "--strength", 0.8, "--schedule", "inverse", "--out", tmp_path / "out")
+    options = ("--rate", "power_up", "--strength", 0.8, "--schedule", "inverse")
+    done = call("consolidate", one, two, *options, "--out", tmp_path / "out")
     assert done.code == 0, done.err
     shares = [0.8, 0.8 / 2]
     for name, update in loaded(tmp_path / "out").items():
@@ -116,7 +117,7 @@ def test_merges_and_options(make_folder, call: Call, tmp_path):
         (["one", "--rate", "power_upp"], "power_up"),
         (["one", "--merge", "tiess"], "ties"),
         (["one", "--option", "gamma"], "expected name=number"),
-        (["one", "--option", "gamme=2"], "gamma"),
+        (["one", "--rate", "power_up", "--option", "gamme=2"], "gamma"),
         (["one", "--strength", "-1"], "strength"),
         (["one", "--schedule", "sometimes"], "inverse"),
     ],

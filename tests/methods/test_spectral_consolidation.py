@@ -24,15 +24,26 @@ def power_up(update: np.ndarray, strength: float, gamma: float, match: bool, cap
     return left @ np.diag(rate * sigma) @ right
 
 
+def saturate(update: np.ndarray, strength: float) -> np.ndarray:
+    """W += U diag(c sigma) V^T, c sigma proportional to tanh(sigma / mean sigma), norm = strength times the update's."""
+    left, sigma, right = np.linalg.svd(update, full_matrices=False)
+    rank = int((sigma > 1e-5 * sigma[0]).sum())  # the update is of low rank, up to float32
+    left, sigma, right = left[:, :rank], sigma[:rank], right[:rank]
+    mean = sigma.mean()
+    scaled = mean * np.tanh(sigma / mean)
+    return left @ np.diag(scaled * strength * np.linalg.norm(sigma) / np.linalg.norm(scaled)) @ right
+
+
 @pytest.mark.parametrize(
     ("options", "formula"),
     [
-        ({}, lambda d, t: power_up(d, 0.9, 1.0, True)),
-        ({"rate_options": {"gamma": 2.0}, "strength": 0.5}, lambda d, t: power_up(d, 0.5, 2.0, True)),
-        ({"match": "none", "strength": 0.5}, lambda d, t: power_up(d, 0.5, 1.0, False)),
-        ({"match": "none", "cap": 0.3}, lambda d, t: power_up(d, 0.9, 1.0, False, 0.3)),
-        ({"schedule": "inverse", "strength": 1.0}, lambda d, t: power_up(d, 1.0 / t, 1.0, True)),
-        ({"schedule": "inverse_sqrt", "strength": 1.0}, lambda d, t: power_up(d, 1.0 / np.sqrt(t), 1.0, True)),
+        ({}, lambda d, t: saturate(d, 0.9)),
+        ({"rate": "power_up"}, lambda d, t: power_up(d, 0.9, 1.0, True)),
+        ({"rate": "power_up", "rate_options": {"gamma": 2.0}, "strength": 0.5}, lambda d, t: power_up(d, 0.5, 2.0, True)),
+        ({"rate": "power_up", "match": "none", "strength": 0.5}, lambda d, t: power_up(d, 0.5, 1.0, False)),
+        ({"rate": "power_up", "match": "none", "cap": 0.3}, lambda d, t: power_up(d, 0.9, 1.0, False, 0.3)),
+        ({"rate": "power_up", "schedule": "inverse", "strength": 1.0}, lambda d, t: power_up(d, 1.0 / t, 1.0, True)),
+        ({"rate": "power_up", "schedule": "inverse_sqrt", "strength": 1.0}, lambda d, t: power_up(d, 1.0 / np.sqrt(t), 1.0, True)),
         ({"rate": "uniform", "strength": 0.5}, lambda d, t: 0.5 * d),
         ({"strength": 0.0}, lambda d, t: 0.0 * d),
     ],
@@ -54,7 +65,7 @@ def test_consolidation_is_the_formula_on_dense_matrices(options, formula, begin,
 
 def test_a_continued_adapter_is_consolidated_by_what_it_has_changed(begin, disturb, small_stream):
     stream = small_stream(2, rows=4)
-    learner, ctx = begin(stream, SpectralConsolidation(adapter="continued", strength=0.5))
+    learner, ctx = begin(stream, SpectralConsolidation(adapter="continued", rate="power_up", strength=0.5))
     disturb(ctx.model, DEFAULT, seed=1)
     expected = {name: power_up(update, 0.5, 1.0, True) for name, update in dense(ctx.model, DEFAULT).items()}
     learner.end_task(ctx)
@@ -74,7 +85,7 @@ def test_a_continued_adapter_is_consolidated_by_what_it_has_changed(begin, distu
 
 def test_the_bridge_has_a_rate_of_its_own(begin, disturb, small_stream):
     stream = small_stream(1, rows=4)
-    learner, ctx = begin(stream, SpectralConsolidation(strength=0.5), bridge=True)
+    learner, ctx = begin(stream, SpectralConsolidation(rate="power_up", strength=0.5), bridge=True)
     disturb(ctx.model, TASK, seed=1)
     updates = dense(ctx.model, TASK)
     bridge = [name for name in updates if name.startswith(tuple(bridge_names(ctx.model.get_base_model())))]
