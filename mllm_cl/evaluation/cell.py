@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +24,27 @@ from transformers import ProcessorMixin
 from mllm_cl.data.images import describe_image
 from mllm_cl.data.rows import Row, message_text, reference_answers
 from mllm_cl.errors import EvaluationError
-from mllm_cl.evaluation.engine import GenerationSettings, Route, generate_batches, plan_batches, token_counts
-from mllm_cl.evaluation.scorers import get_scorer
-from mllm_cl.evaluation.statistics import standard_error
+from mllm_cl.evaluation.engine import Failed, GenerationSettings, Route, generate_batches, plan_batches, token_counts
+from mllm_cl.evaluation.scorers import scorer_identity
+from mllm_cl.evaluation.scoring import cluster_numbers, score_answers, scorer_fields
 from mllm_cl.files import explained, write_json, write_text
+from mllm_cl.model_section import InputSettings
 
-CELL_VERSION = 1
+CELL_VERSION = 2
+_NAMED = 5  # failed rows in a message
 
 
 @dataclass(frozen=True)
 class CellResult:
-    """Score of a cell, in percent, with its standard error in percentage points."""
+    """Score of a cell with its standard error, clustered by image.
+
+    Args:
+        score, stderr: in `unit`, which is percent for all but a few metrics (MME counts points); NaN here and `null` on
+            disk where only predictions were written.
+        n: rows that were scored; `n_failed` others could not be answered and were left out because it was asked for.
+        scorer, profile: name, profile and version of the scorer; whose rule it is.
+        metrics: every named score as the scorer gives it, with its standard error.
+    """
 
     stage: str
     task: str
@@ -43,18 +54,27 @@ class CellResult:
     n: int
     seconds: float
     key: str
+    n_failed: int = 0
+    unit: str = "percent"
+    profile: str = "strict"
+    scorer: str = ""
+    clusters: int | None = None
+    metrics: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
 
-def cell_key(processor: ProcessorMixin, rows_key: str, weights: str, metric: str, settings: GenerationSettings) -> str:
+def cell_key(
+    processor: ProcessorMixin, rows_key: str, weights: str, metric: str | None, settings: GenerationSettings
+) -> str:
     """Returns a hash of what the answers and the score of a cell depend on."""
     parts = {
         "version": CELL_VERSION,
         "weights": weights,
         "rows": rows_key,
-        "metric": metric,
+        "metric": None if metric is None else scorer_identity(metric),
         "template": processor.chat_template,
         "image_processor": str(getattr(processor, "image_processor", None)),
-        "settings": [settings.max_new_tokens, settings.rows_per_batch],
+        "image_mode": InputSettings.of(processor).image_mode,
+        "settings": [settings.max_new_tokens, settings.rows_per_batch, sorted(settings.options), settings.seed],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -67,21 +87,27 @@ def evaluate_cell(
     folder: Path,
     stage: str,
     task: str,
-    metric: str,
+    metric: str | None,
     settings: GenerationSettings,
     key: str,
     route: Route | None = None,
     advance: Callable[[int], None] = lambda rows: None,
+    allow_failures: bool = False,
 ) -> CellResult:
     """Measures one cell, or returns what is already on disk under the same key.
 
+    A row that cannot be answered is written down with its error. A cell with such rows has no score: `result.json`
+    names them, the answers of the others are kept, and the next call tries the failed ones again.
+
     Args:
         folder: where `predictions.jsonl` and `result.json` go.
+        metric: name of a scorer; `None` writes predictions without scores, for a judge or a later `evaluate score`.
         key: see `cell_key`.
         advance: called with the number of rows after each batch.
+        allow_failures: score the rows that were answered, and say in the result how many were not.
 
     Raises:
-        EvaluationError: there are no rows, two have the same id, or a row does not fit into memory.
+        EvaluationError: there are no rows, two have the same id, or rows could not be answered.
         RunError: the folder cannot be written.
     """
     if not len(rows):
@@ -96,6 +122,8 @@ def evaluate_cell(
         )
     state = PartialState()
     finished = read_result(folder, key)
+    if finished is not None and finished.n_failed and not allow_failures:
+        finished = None
     state.wait_for_everyone()
     if finished is not None:
         advance(len(rows))
@@ -112,18 +140,22 @@ def evaluate_cell(
     open_batches = [batch for batch in mine if any(ids[index] not in answers for index in batch)]
     part = folder / f"predictions.part{state.process_index}.jsonl"
     with explained(part), part.open("a", encoding="utf-8") as file:
+        settings = replace(settings, keep_going=True)
         for batch, texts in generate_batches(model, processor, rows, open_batches, settings, route):
             for index, text in zip(batch, texts):
-                line = {"id": ids[index], "prediction": text}
+                given = {"error": text.error} if isinstance(text, Failed) else {"prediction": text}
+                line = {"id": ids[index], **given}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
             advance(sum(ids[index] not in answers for index in batch))
     state.wait_for_everyone()
     if state.is_main_process:
-        _finish(folder, rows, stage, task, metric, key, time.perf_counter() - started)
+        names = CellResult(stage, task, metric or "", 0.0, None, 0, round(time.perf_counter() - started, 3), key)
+        _finish(folder, rows, names, allow_failures)
     state.wait_for_everyone()
     result = read_result(folder, key)
     if result is None:
+        _raise_failures(folder, task, key)
         raise EvaluationError(f"{folder}: the result is not visible to this process.", fix="use a shared file system.")
     return result
 
@@ -132,7 +164,15 @@ def read_result(folder: Path, key: str) -> CellResult | None:
     """Returns the result of a cell that was completed under this key, or `None`."""
     try:
         content = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        result = CellResult(**{name: content[name] for name in CellResult.__dataclass_fields__})
+        fields = CellResult.__dataclass_fields__
+        needed = [name for name, own in fields.items() if own.default is MISSING and own.default_factory is MISSING]
+        result = CellResult(
+            **{name: content[name] for name in fields if name in needed or name in content},
+        )
+        if content.get("failed") and content["score"] is None:
+            return None
+        if content["score"] is None:
+            result = replace(result, score=math.nan)
     except (OSError, ValueError, KeyError, TypeError):  # not measured yet, or left by something else
         return None
     return result if result.key == key else None
@@ -161,31 +201,80 @@ def _lines(folder: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _answered(folder: Path) -> dict[str, str]:
-    return {line["id"]: line["prediction"] for line in _lines(folder)}
+    return {line["id"]: line["prediction"] for line in _lines(folder) if "prediction" in line}
 
 
-def _finish(folder: Path, rows: Sequence[Row], stage: str, task: str, metric: str, key: str, seconds: float) -> None:
-    answers, scorer = _answered(folder), get_scorer(metric)
-    lines, scores = [], []
-    for row in rows:
-        references = reference_answers(row)
-        fields = {name: value for name, value in row.items() if name not in ("messages", "images", "answers", "id")}
-        score = scorer(answers[row["id"]], references, **fields)
-        scores.append(score)
-        lines.append(
-            {
-                "id": row["id"],
-                "prediction": answers[row["id"]],
-                "score": score,
-                "references": references,
-                "question": " ".join(message_text(m) for m in row["messages"] if m["role"] == "user"),
-                "images": [describe_image(image) for image in row["images"]],
-            }
+def _finish(folder: Path, rows: Sequence[Row], names: CellResult, allow_failures: bool) -> None:
+    """Scores what was answered and writes both files, or only the failures when nothing may be missing."""
+    answers = _answered(folder)
+    errors = {line["id"]: line["error"] for line in _lines(folder) if "error" in line}
+    failed = [{"id": row["id"], "error": errors.get(row["id"], "")} for row in rows if row["id"] not in answers]
+    if failed and (not allow_failures or len(failed) == len(rows)):
+        empty = {**asdict(names), "score": None, "n_failed": len(failed), "failed": failed}
+        write_json(folder / "result.json", empty)
+        return
+    kept = [row for row in rows if row["id"] in answers]
+    result, scores = replace(names, n=len(kept), n_failed=len(failed)), [None] * len(kept)
+    if names.metric:
+        scored = score_answers(names.metric, kept, [answers[row["id"]] for row in kept])
+        scores = scored.rows
+        result = replace(
+            result,
+            score=scored.value,
+            stderr=scored.stderr,
+            unit=scored.unit,
+            profile=scored.profile,
+            scorer=scored.identity,
+            clusters=scored.clusters,
+            metrics=scored.metrics,
         )
+    lines = [prediction_line(row, answers[row["id"]], score) for row, score in zip(kept, scores)]
+    for line, number in zip(lines, cluster_numbers(kept)):
+        line["cluster"] = number
     write_text(folder / "predictions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    estimate = standard_error(scores)
-    stderr = None if estimate.stderr is None else 100 * estimate.stderr
-    result = CellResult(stage, task, metric, 100 * estimate.mean, stderr, len(scores), round(seconds, 3), key)
-    write_json(folder / "result.json", asdict(result))
-    for part in folder.glob("predictions.part*.jsonl"):
-        part.unlink()
+    content = asdict(result) | ({"failed": failed} if failed else {})
+    write_json(folder / "result.json", content if names.metric else content | {"score": None})
+    if not failed:
+        for part in folder.glob("predictions.part*.jsonl"):
+            part.unlink()
+
+
+def prediction_line(row: Row, answer: str, score: float | None) -> dict[str, Any]:
+    """Returns a line of `predictions.jsonl`; the row's own fields are kept where they can be, for scoring again."""
+    line: dict[str, Any] = {
+        "id": row["id"],
+        "prediction": answer,
+        "score": score,
+        "references": reference_answers(row),
+        "question": " ".join(message_text(m) for m in row["messages"] if m["role"] == "user"),
+        "images": [describe_image(image) for image in row["images"]],
+    }
+    if score is None:
+        del line["score"]
+    fields = {name: value for name, value in scorer_fields(row).items() if _is_plain(value)}
+    return {**line, "fields": fields} if fields else line
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+def _raise_failures(folder: Path, task: str, key: str) -> None:
+    """Says which rows could not be answered, if that is why there is no score."""
+    try:
+        content = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    failed = content.get("failed") or []
+    if content.get("key") != key or not failed:
+        return
+    named = ", ".join(str(entry["id"]) for entry in failed[:_NAMED]) + (", ..." if len(failed) > _NAMED else "")
+    raise EvaluationError(
+        f"{task}: {len(failed)} rows could not be answered ({named}); the first error: {failed[0]['error']}",
+        expected="an answer to every row; without it there is no score",
+        fix=f"see `failed` in {folder / 'result.json'}; the same command tries those rows again.",
+    )

@@ -8,11 +8,13 @@ answers, and several processes share the same plan.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,10 +22,11 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
 
-from mllm_cl.data.collate import Collator, plain_text
-from mllm_cl.data.images import open_image
+from mllm_cl.data.collate import Collator, image_tokens, plain_text
+from mllm_cl.data.images import fitted_size, open_image
 from mllm_cl.data.rows import Row, inquiry_of, message_text
 from mllm_cl.errors import EvaluationError
+from mllm_cl.model_section import InputSettings
 from mllm_cl.models.adapters import weighted
 
 logger = logging.getLogger(__name__)
@@ -32,6 +35,7 @@ FIRST_BATCH_SIZE = 64
 _ROWS_WORTH_A_WORKER = 512
 
 Route = Callable[[Sequence[Row]], list[dict[str, float]] | None]
+Option = bool | int | float | str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -42,11 +46,17 @@ class GenerationSettings:
         max_new_tokens: longest answer.
         batch_size: rows per batch; `auto` starts at 64 and halves when memory runs out.
         num_workers: processes that decode images; `auto` uses none for few rows.
+        options: further fields of `GenerationConfig` by name, such as `("num_beams", 5)`; greedy without any.
+        seed: of sampling, when the options ask for it.
+        keep_going: a row that cannot be answered becomes a `Failed` instead of ending the evaluation.
     """
 
     max_new_tokens: int = 16
     batch_size: int | str = "auto"
     num_workers: int | str = "auto"
+    options: tuple[tuple[str, Option], ...] = ()
+    seed: int = 0
+    keep_going: bool = False
 
     @property
     def rows_per_batch(self) -> int:
@@ -60,18 +70,25 @@ class GenerationSettings:
         return 0 if rows < _ROWS_WORTH_A_WORKER else min(4, max(0, (os.cpu_count() or 1) - 1))
 
 
+@dataclass(frozen=True)
+class Failed:
+    """Stands in the place of an answer that could not be generated."""
+
+    error: str
+
+
 def token_counts(processor: ProcessorMixin, rows: Sequence[Row]) -> list[int]:
     """Returns the number of tokens of each inquiry, images included; no pixel is decoded."""
     texts = [" ".join(message_text(message) for message in inquiry_of(row)["messages"]) for row in rows]
     counts = [len(ids) for ids in processor.tokenizer(texts, add_special_tokens=False)["input_ids"]]
     per_size: dict[tuple[int, int], int] = {}
+    mode = InputSettings.of(processor).image_mode
     for index, row in enumerate(rows):
         for reference in row["images"]:
-            width, height = open_image(reference).size
-            if (height, width) not in per_size:
-                sizes = processor._get_num_multimodal_tokens(image_sizes=[[height, width]])  # type: ignore[attr-defined]
-                per_size[height, width] = sizes.num_image_tokens[0]
-            counts[index] += per_size[height, width]
+            size = fitted_size(open_image(reference).size, mode)
+            if size not in per_size:
+                per_size[size] = image_tokens(processor, size)
+            counts[index] += per_size[size]
     return counts
 
 
@@ -88,13 +105,13 @@ def generate_batches(
     batches: Sequence[list[int]],
     settings: GenerationSettings,
     route: Route | None = None,
-) -> Iterator[tuple[list[int], list[str]]]:
+) -> Iterator[tuple[list[int], Sequence[str | Failed]]]:
     """Yields `(row indices, answers)` batch by batch.
 
     Raises:
         EvaluationError: a single row does not fit into memory.
     """
-    engine = _Engine(model, Collator(processor, for_generation=True), settings.max_new_tokens, route)
+    engine = _Engine(model, Collator(processor, for_generation=True), settings, route)
     workers = settings.workers(sum(map(len, batches)))
     loader = DataLoader(
         [[rows[index] for index in batch] for batch in batches],  # type: ignore[arg-type]
@@ -106,8 +123,16 @@ def generate_batches(
     was_training = model.training
     model.eval()
     try:
-        for batch, (chosen, inputs) in zip(batches, loader):
-            yield batch, engine.answer(chosen, inputs)
+        prepared = iter(loader)
+        for batch in batches:
+            try:
+                answers: Sequence[str | Failed] = engine.answer(*next(prepared))
+            except Exception as error:
+                if not settings.keep_going:
+                    raise
+                logger.warning("a batch of %d rows failed (%s); trying its rows one by one", len(batch), error)
+                answers = engine.one_by_one([rows[index] for index in batch])
+            yield batch, answers
     finally:
         model.train(was_training)
 
@@ -124,37 +149,56 @@ def generate(
     if not len(rows):
         return answers
     batches = plan_batches(token_counts(processor, rows), settings.rows_per_batch)
-    for batch, texts in generate_batches(model, processor, rows, batches, settings, route):
+    for batch, texts in generate_batches(model, processor, rows, batches, replace(settings, keep_going=False), route):
         for index, text in zip(batch, texts):
-            answers[index] = text
+            answers[index] = str(text)
     return answers
+
+
+def route_groups(rows: Sequence[Row], route: Route | None) -> list[tuple[list[int], dict[str, float] | None]]:
+    """Returns which rows share which adapter weights; `None` means the adapters that are active."""
+    choices = route(rows) if route is not None else None
+    if choices is None:
+        return [(list(range(len(rows))), None)]
+    groups: dict[tuple[tuple[str, float], ...], list[int]] = {}
+    for index, choice in enumerate(choices):
+        groups.setdefault(tuple(sorted(choice.items())), []).append(index)
+    return [(members, dict(weights)) for weights, members in groups.items()]
 
 
 class _Engine:
     """Answers batches; `limit` is the most rows that have not run out of memory so far."""
 
     def __init__(
-        self, model: PreTrainedModel | PeftModel, collator: Collator, max_new_tokens: int, route: Route | None
+        self,
+        model: PreTrainedModel | PeftModel,
+        collator: Collator,
+        settings: GenerationSettings,
+        route: Route | None,
     ) -> None:
         self.model: Any = model
+        self.seed = settings.seed
         self.collator, self.route = collator, route
         self.limit = sys.maxsize
         self.device = next(model.parameters()).device
         base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         tokenizer = collator.processor.tokenizer
         end = base.generation_config.eos_token_id if base.generation_config is not None else None
-        self.config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            eos_token_id=tokenizer.eos_token_id if end is None else end,
-            pad_token_id=tokenizer.pad_token_id,
+        fields: dict[str, Any] = {
+            "max_new_tokens": settings.max_new_tokens,
+            "do_sample": False,
+            "num_beams": 1,
+            "use_cache": True,
+            "eos_token_id": tokenizer.eos_token_id if end is None else end,
+            "pad_token_id": tokenizer.pad_token_id,
             # the neutral values: what a checkpoint says about sampling does not hold here, and would be warned about
-            temperature=1.0,
-            top_p=1.0,
-            top_k=50,
-        )
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "top_k": 50,
+        }
+        self.config = GenerationConfig(**{**fields, **dict(settings.options)})
+        stops = self.config.stop_strings
+        self.stop_strings = (stops,) if isinstance(stops, str) else tuple(stops or ())
 
     def answer(self, rows: list[Row], inputs: dict[str, Any]) -> list[str]:
         if len(rows) <= self.limit:
@@ -176,18 +220,22 @@ class _Engine:
         parts = [rows[start : start + self.limit] for start in range(0, len(rows), self.limit)]
         return [text for part in parts for text in self.answer(part, self.collator(part))]
 
+    def one_by_one(self, rows: list[Row]) -> list[str | Failed]:
+        """Answers what can be answered of a batch that failed, and names what cannot."""
+        answers: list[str | Failed] = []
+        for row in rows:
+            try:
+                answers += self.answer([row], self.collator([row]))
+            except Exception as error:  # a row that fails is counted and named; the caller decides what that means
+                answers.append(Failed(f"{type(error).__name__}: {error}"))
+        return answers
+
     def _routed(self, rows: list[Row], inputs: dict[str, Any]) -> list[str]:
         """Generates with every row's own adapters: rows that share a route share a forward pass."""
-        choices = self.route(rows) if self.route is not None else None
-        if choices is None:
-            return self._greedy(inputs)
-        groups: dict[tuple[tuple[str, float], ...], list[int]] = {}
-        for index, choice in enumerate(choices):
-            groups.setdefault(tuple(sorted(choice.items())), []).append(index)
         answers = [""] * len(rows)
-        for weights, members in groups.items():
+        for members, weights in route_groups(rows, self.route):
             own = inputs if len(members) == len(rows) else self.collator([rows[index] for index in members])
-            with weighted(self.model, dict(weights)):
+            with contextlib.nullcontext() if weights is None else weighted(self.model, weights):
                 texts = self._greedy(own)
             for index, text in zip(members, texts):
                 answers[index] = text
@@ -195,10 +243,26 @@ class _Engine:
 
     @torch.no_grad()
     def _greedy(self, inputs: dict[str, Any]) -> list[str]:
+        if (inputs["attention_mask"][:, -1] == 0).any():
+            raise EvaluationError(
+                "a batch is padded on the right, where its answers would begin.",
+                expected="padding on the left",
+                fix="let the processor pad on the left for generation (`padding_side`).",
+            )
         inputs = {name: value.to(self.device) if torch.is_tensor(value) else value for name, value in inputs.items()}
-        tokens = self.model.generate(**inputs, generation_config=self.config)
+        if self.config.do_sample:  # the same batch draws the same, also when an evaluation was interrupted
+            torch.manual_seed(self.seed + zlib.crc32(inputs["input_ids"].cpu().numpy().tobytes()))
+        stopping = {"tokenizer": self.collator.processor.tokenizer} if self.stop_strings else {}
+        tokens = self.model.generate(**inputs, generation_config=self.config, **stopping)
         new = tokens[:, inputs["input_ids"].shape[1] :]  # (batch, longest answer)
-        return [plain_text(text) for text in self.collator.processor.batch_decode(new, skip_special_tokens=True)]
+        texts = self.collator.processor.batch_decode(new, skip_special_tokens=True)
+        return [plain_text(_cut(text, self.stop_strings)) for text in texts]
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    """The text before the first stop string."""
+    places = [text.index(stop) for stop in stops if stop in text]
+    return text[: min(places)] if places else text
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

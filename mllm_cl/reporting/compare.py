@@ -15,7 +15,7 @@ from mllm_cl.errors import RunError
 from mllm_cl.evaluation.statistics import Spread, mean_and_std
 from mllm_cl.files import write_text
 from mllm_cl.reporting import formatting
-from mllm_cl.reporting.paired import PairedTask, paired_tests
+from mllm_cl.reporting.paired import PairedDerived, PairedTask, paired_derived, paired_tests
 from mllm_cl.reporting.run import RunSummary, read_run, run_labels
 
 
@@ -60,6 +60,7 @@ class Comparison:
         differences (`tuple[Difference, ...]`): everything that is not equal, budget and stream first.
         notes (`tuple[str, ...]`): runs that are not finished, numbers that only some runs have.
         paired (`tuple[PairedTask, ...]`): tests of the first run against each other one on the same rows.
+        derived (`tuple[PairedDerived, ...]`): the same for derived metrics, by a joint bootstrap.
     """
 
     labels: tuple[str, ...]
@@ -68,6 +69,7 @@ class Comparison:
     differences: tuple[Difference, ...]
     notes: tuple[str, ...]
     paired: tuple[PairedTask, ...]
+    derived: tuple[PairedDerived, ...] = ()
 
 
 def _derived(name: str) -> Callable[[RunSummary], float | None]:
@@ -129,7 +131,8 @@ def compare(run_folders: Sequence[str | os.PathLike[str]]) -> Comparison:
         final = {task: _spread([_final(run, task) for run in chosen], task, names, notes) for task in tasks}
         rows.append(ComparisonRow(chosen[0].method, names, tuple(run.seed for run in chosen), values, final))
     rows = [_unique(row, rows) for row in rows]
-    return Comparison(tuple(labels), runs, tuple(rows), differences(runs), tuple(notes), paired_tests(labels, runs))
+    tests = (paired_tests(labels, runs), paired_derived(labels, runs))
+    return Comparison(tuple(labels), runs, tuple(rows), differences(runs), tuple(notes), *tests)
 
 
 def differences(runs: Sequence[RunSummary]) -> tuple[Difference, ...]:

@@ -11,7 +11,7 @@ import pytest
 from mllm_cl.errors import EvaluationError
 from mllm_cl.evaluation import cell
 from mllm_cl.evaluation.cell import cell_key, evaluate_cell
-from mllm_cl.evaluation.engine import GenerationSettings
+from mllm_cl.evaluation.engine import Failed, GenerationSettings
 
 SETTINGS = GenerationSettings(max_new_tokens=4, batch_size=2)
 
@@ -180,3 +180,98 @@ def test_the_key_changes_with_everything_that_can_change_an_answer(loaded):
     assert len(keys) == 6
     same = replace(SETTINGS, num_workers=2)
     assert cell_key(processor, "rows", "weights", "exact_match", same) in keys
+
+
+@pytest.fixture
+def failing(monkeypatch, answered):
+    """Answers, but not to the ids in the set that is returned."""
+    whole, wrong = cell.generate_batches, set()
+
+    def some(model, processor, rows, batches, settings, route=None):
+        assert settings.keep_going
+        for batch, texts in whole(model, processor, rows, batches, settings, route):
+            ids = [rows[index]["id"] for index in batch]
+            yield batch, [Failed("ValueError: no") if i in wrong else text for i, text in zip(ids, texts)]
+
+    monkeypatch.setattr(cell, "generate_batches", some)
+    return wrong
+
+
+def test_a_cell_with_failed_rows_has_no_score(measure, failing, answered, tmp_path):
+    failing |= {"r2", "r5"}
+    with pytest.raises(
+        EvaluationError, match=r"a: 2 rows could not be answered \(r2, r5\); the first error: ValueError: no"
+    ):
+        measure()
+    result = json.loads((tmp_path / "cell" / "result.json").read_text())
+    assert result["score"] is None
+    assert result["n_failed"] == 2
+    assert [entry["id"] for entry in result["failed"]] == ["r2", "r5"]
+    assert not (tmp_path / "cell" / "predictions.jsonl").exists()
+    failing.clear()
+    answered.clear()
+    assert measure().n == 7  # the failed rows are tried again, the others are not
+    assert {"r2", "r5"} <= set(answered) < {f"r{i}" for i in range(7)}
+
+
+def test_failures_can_be_left_out_when_asked(measure, failing, tmp_path):
+    failing.add("r2")
+    result = measure(allow_failures=True)
+    assert (result.n, result.n_failed) == (6, 1)
+    assert "r2" not in {line["id"] for line in lines(tmp_path / "cell")}
+    assert measure(allow_failures=True) == result
+    with pytest.raises(EvaluationError, match="1 rows could not be answered"):
+        measure()
+    failing |= {f"r{i}" for i in range(7)}
+    with pytest.raises(EvaluationError, match="7 rows could not be answered"):
+        measure("other", allow_failures=True)
+
+
+def test_a_raising_model_is_counted_row_by_row(loaded, rows, tmp_path, monkeypatch):
+    model, processor = loaded
+    whole = model.generate
+
+    def generate(**inputs):
+        if len(inputs["input_ids"]) > 1 or (inputs["pixel_values"].mean() == 0).all():
+            raise ValueError("broken")
+        return whole(**inputs)
+
+    monkeypatch.setattr(model, "generate", generate)
+    expected = evaluate_cell(
+        model, processor, rows, folder=tmp_path, stage="s", task="t", metric="exact_match", settings=SETTINGS, key="k"
+    )
+    assert expected.n == 7
+    monkeypatch.setattr(model, "generate", lambda **inputs: (_ for _ in ()).throw(ValueError("broken")))
+    with pytest.raises(
+        EvaluationError, match=r"t: 7 rows .* \(r0, r1, r2, r3, r4, ...\); the first error: ValueError: broken"
+    ):
+        evaluate_cell(
+            model,
+            processor,
+            rows,
+            folder=tmp_path,
+            stage="s",
+            task="t",
+            metric="exact_match",
+            settings=SETTINGS,
+            key="n",
+        )
+
+
+def test_the_result_names_its_scorer(measure, answered, tmp_path):
+    result = measure()
+    assert (result.scorer, result.profile, result.unit, result.clusters) == (
+        "exact_match/strict/2",
+        "strict",
+        "percent",
+        7,
+    )
+    assert json.loads((tmp_path / "cell" / "result.json").read_text())["metrics"]["exact_match"]["value"] == 0.0
+
+
+def test_the_key_covers_scorer_profile_and_generation(loaded):
+    def key(metric="gqa:llava", **changes):
+        return cell_key(loaded[1], "rows", "weights", metric, replace(SETTINGS, **changes))
+
+    assert key() == key("gqa_llava")  # two names of one scorer
+    assert len({key(), key("gqa:lmms_eval"), key(options=(("num_beams", 2),)), key(seed=1)}) == 4

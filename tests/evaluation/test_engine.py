@@ -187,3 +187,24 @@ def test_a_route_of_none_leaves_the_model_as_it_is(routed, rows):
     adapters.set_active(model, ["two"])
     settings = GenerationSettings(4, 4)
     assert generate(model, processor, rows, settings, lambda some: None) == generate(model, processor, rows, settings)
+
+
+def test_padding_on_the_right_is_refused(talkative, rows, monkeypatch):
+    monkeypatch.setattr(
+        Collator, "with_rows", lambda self, batch: (batch, Collator(self.processor, for_generation=False)(batch))
+    )
+    with pytest.raises(EvaluationError, match="padded on the right"):
+        generate(*talkative, rows, GenerationSettings(max_new_tokens=2, batch_size=8))
+
+
+def test_generation_options(talkative, rows):
+    def answers(**changes):
+        return generate(*talkative, rows[:4], GenerationSettings(max_new_tokens=6, batch_size=2, **changes))
+
+    sampled = (("do_sample", True), ("temperature", 5.0))
+    assert answers(options=sampled, seed=1) == answers(options=sampled, seed=1) != answers(options=sampled, seed=2)
+    assert answers(options=(("num_beams", 2),)) == answers(options=(("num_beams", 2),))
+    greedy = answers()
+    stop = next(text for text in greedy if len(text) > 2)[1:3]
+    stopped = answers(options=(("stop_strings", (stop,)),))
+    assert all(text == whole.partition(stop)[0].strip() for text, whole in zip(stopped, greedy))

@@ -38,7 +38,7 @@ def normalise(text: str) -> str:
 def exact_match(prediction: str, references: Sequence[str], **row_fields: object) -> float:
     """Returns 1.0 if the normalised prediction equals a normalised reference, else 0.0.
 
-    An empty prediction is right only if a reference is empty too. See `normalise` for what is compared.
+    An empty prediction is wrong, whatever the references. See `normalise` for what is compared.
 
     Example:
 
@@ -50,12 +50,12 @@ def exact_match(prediction: str, references: Sequence[str], **row_fields: object
     ```
     """
     answer = normalise(prediction)
-    return float(any(answer == normalise(reference) for reference in _checked(references)))
+    return float(any(answer == normalise(reference) for reference in _checked(references)) and answer != "")
 
 
 def exact_match_strict(prediction: str, references: Sequence[str], **row_fields: object) -> float:
-    """Returns 1.0 if the prediction equals a reference character by character, else 0.0."""
-    return float(prediction in _checked(references))
+    """Returns 1.0 if the prediction equals a reference character by character and is not empty, else 0.0."""
+    return float(prediction in _checked(references) and prediction != "")
 
 
 def _checked(references: Sequence[str]) -> Sequence[str]:

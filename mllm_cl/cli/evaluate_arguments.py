@@ -1,0 +1,129 @@
+"""Reads the values of `mllm-cl evaluate`'s flags; imports nothing heavy."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import typer
+
+from mllm_cl.errors import suggest
+
+OPTIONS = {
+    "max_new_tokens": int,
+    "do_sample": bool,
+    "temperature": float,
+    "top_p": float,
+    "top_k": int,
+    "num_beams": int,
+    "repetition_penalty": float,
+    "length_penalty": float,
+    "no_repeat_ngram_size": int,
+    "min_new_tokens": int,
+    "until": str,
+}
+"""What `--gen_kwargs` understands; `until` is a stop string, several with `|` between them."""
+
+MODEL_ARGS = ("pretrained", "peft", "revision", "dtype", "trust_remote_code")
+
+
+def batch_size_of(text: str, largest: int | None = None) -> int | Literal["auto"]:
+    """Returns rows per batch; `auto` with a largest size begins there."""
+    if text == "auto":
+        return "auto" if largest is None else largest
+    if not text.isdigit() or int(text) < 1:
+        raise typer.BadParameter(f"{text!r} is neither `auto` nor a number of rows", param_hint="--batch_size")
+    return int(text)
+
+
+def limit_of(text: str | None) -> int | float | None:
+    """Returns a number of rows, or a share of them below 1."""
+    if text is None:
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if value <= 0 or (value >= 1 and value != int(value)):
+        raise typer.BadParameter(f"{text!r} is neither a number of rows nor a share below 1", param_hint="--limit")
+    return value if value < 1 else int(value)
+
+
+def pairs(text: str, flag: str) -> dict[str, str]:
+    """Returns `a=1,b=2` as a dict; a part without `=` belongs to the value before it."""
+    found: dict[str, str] = {}
+    last = None
+    for part in text.split(","):
+        key, equals, value = part.partition("=")
+        if equals:
+            last = key.strip()
+            found[last] = value
+        elif last is not None:
+            found[last] += f",{part}"
+        else:
+            raise typer.BadParameter(f"{part!r} is no key=value", param_hint=flag)
+    return found
+
+
+def generation_options(text: str | None) -> dict[str, Any]:
+    """Returns the fields of `GenerationConfig` that `--gen_kwargs` sets."""
+    options: dict[str, Any] = {}
+    for key, value in pairs(text, "--gen_kwargs").items() if text else ():
+        if key not in OPTIONS:
+            raise typer.BadParameter(f"unknown {key!r}; {suggest(key, OPTIONS)}", param_hint="--gen_kwargs")
+        try:
+            options[key] = _value(value, OPTIONS[key])
+        except ValueError:
+            kind = OPTIONS[key].__name__
+            raise typer.BadParameter(f"{key}={value!r} is no {kind}", param_hint="--gen_kwargs") from None
+    if "until" in options:
+        options["stop_strings"] = tuple(options.pop("until").split("|"))
+    if options.get("temperature") == 0:  # what other harnesses call greedy
+        options |= {"do_sample": False, "temperature": 1.0}
+    return options
+
+
+def checkpoint_of_model_args(
+    model: str, text: str, checkpoints: list[str], base_model: str | None
+) -> tuple[str, str | None]:
+    """Returns (checkpoint, base model) of `--model hf --model_args pretrained=...,peft=...`."""
+    if model not in ("hf", "hf-multimodal", "mllm_cl"):
+        raise typer.BadParameter(f"{model!r} is not known; only `hf` is", param_hint="--model")
+    given = pairs(text, "--model_args")
+    for key in given:
+        if key not in MODEL_ARGS[:2]:
+            known = (
+                "pretrained, peft; put other settings into a recipe"
+                if key in MODEL_ARGS
+                else suggest(key, MODEL_ARGS[:2])
+            )
+            raise typer.BadParameter(f"{key!r} cannot be set here; {known}", param_hint="--model_args")
+    if checkpoints or base_model or "pretrained" not in given:
+        raise typer.BadParameter(
+            "give pretrained=MODEL, and neither CHECKPOINT nor --base_model beside it", param_hint="--model_args"
+        )
+    return (given["peft"], given["pretrained"]) if "peft" in given else (given["pretrained"], None)
+
+
+def use_device(name: str | None) -> None:
+    """Chooses the device for this process, before anything is loaded."""
+    if name is None:
+        return
+    import torch
+    from accelerate import PartialState
+
+    if name == "cpu":
+        PartialState(cpu=True)
+    elif name != "cuda":
+        raise typer.BadParameter(
+            f"{name!r}: only `cpu` and `cuda`; choose a card with CUDA_VISIBLE_DEVICES", param_hint="--device"
+        )
+    elif not torch.cuda.is_available():
+        raise typer.BadParameter("there is no CUDA device here", param_hint="--device")
+
+
+def _value(text: str, kind: type) -> Any:
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError
+        return text.lower() == "true"
+    return kind(text)

@@ -1,0 +1,168 @@
+"""`mllm-cl evaluate`: several checkpoints, cells that stay valid, failures, flags, scoring again, listings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mllm_cl.evaluation import engine
+
+Call = Callable[..., Any]
+
+
+def result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
+
+
+def answers(folder: Path) -> list[str]:
+    lines = (folder / "predictions.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line)["prediction"] for line in lines]
+
+
+@pytest.fixture
+def count(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows that were generated."""
+    generated: list[int] = []
+    whole = engine._Engine._greedy
+
+    def greedy(self: Any, inputs: dict[str, Any]) -> list[str]:
+        generated.append(len(inputs["input_ids"]))
+        return whole(self, inputs)
+
+    monkeypatch.setattr(engine._Engine, "_greedy", greedy)
+    return generated
+
+
+@pytest.fixture
+def evaluate(call: Call, tmp_path: Path, stream_file: Path) -> Call:
+    def run(*args: str | Path, tasks: str = "colour,same", code: int = 0) -> Any:
+        given = ("--tasks", tasks, "--output_path", tmp_path / "out", "--stream", stream_file)
+        outcome = call("evaluate", *args, *given, "--max_new_tokens", "2")
+        assert outcome.code == code, outcome.err + outcome.trace
+        return outcome
+
+    return run
+
+
+def test_checkpoints_of_one_base_swap_in_place(
+    evaluate: Call, finished: Callable[..., Path], fixture_folder: Path, tmp_path: Path, count: list[int]
+) -> None:
+    stages = [finished() / "stages" / name for name in ("01-colour", "02-same")]
+    several = [*stages, fixture_folder]
+    evaluate(*several)
+    names = ("01-colour", "02-same", fixture_folder.name)
+    together = {name: [answers(tmp_path / "out" / name / task) for task in ("colour", "same")] for name in names}
+    keys = {result(tmp_path / "out" / name / "same")["key"] for name in names}
+    assert len(keys) == 3
+    assert together["01-colour"] != together[fixture_folder.name]  # the second one is not given the first one's answers
+    for checkpoint, name in zip(several, names):
+        shutil.rmtree(tmp_path / "out")
+        evaluate(checkpoint)  # alone, as a process of its own would
+        assert [answers(tmp_path / "out" / task) for task in ("colour", "same")] == together[name]
+
+
+def test_only_what_changed_is_measured_again(
+    evaluate: Call, finished: Callable[..., Path], tmp_path: Path, count: list[int]
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    adapters = []
+    for name in ("01-colour", "02-same"):
+        adapters.append(tmp_path / "adapters" / name)
+        shutil.copytree(finished() / "stages" / name / "adapter", adapters[-1])
+    evaluate(*adapters)
+    assert sum(count) == 2 * 2 * 4
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("result.json")}
+    evaluate(*adapters)
+    assert sum(count) == 2 * 2 * 4  # nothing is generated twice
+    weights = adapters[1] / "adapter_model.safetensors"
+    save_file({key: value * 2 for key, value in load_file(weights).items()}, weights)
+    evaluate(*adapters)
+    assert sum(count) == 2 * 2 * 4 + 2 * 4
+    changed = {path.parent.parent.name for path, stamp in before.items() if path.stat().st_mtime_ns != stamp}
+    assert changed == {"02-same"}
+    evaluate(*adapters, "--gen_kwargs", "num_beams=2")
+    assert sum(count) == 2 * (2 * 2 * 4) + 2 * 4
+
+
+def test_a_raising_model_ends_with_another_exit_code(
+    evaluate: Call, fixture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = engine._Engine._greedy
+
+    def greedy(self: Any, inputs: dict[str, Any]) -> list[str]:
+        if inputs["pixel_values"][:, 0].mean() > inputs["pixel_values"][:, 2].mean():
+            raise RuntimeError("red is too much")
+        return whole(self, inputs)
+
+    monkeypatch.setattr(engine._Engine, "_greedy", greedy)
+    outcome = evaluate(fixture_folder, "--batch_size", "1", tasks="colour", code=1)
+    assert "failed: " in outcome.err
+    assert "colour: 2 rows could not be answered (colour-test-0, colour-test-2)" in outcome.err
+    assert "red is too much" in outcome.err
+    content = result(tmp_path / "out" / "colour")
+    assert (content["score"], content["n_failed"]) == (None, 2)
+    evaluate(fixture_folder, "--batch_size", "1", "--allow_failures", tasks="colour")
+    assert result(tmp_path / "out" / "colour")["n"] == 2
+    monkeypatch.setattr(engine._Engine, "_greedy", whole)
+    evaluate(fixture_folder, "--batch_size", "1", tasks="colour")
+    assert result(tmp_path / "out" / "colour")["n"] == 4
+
+
+def test_limit_offset_and_samples(evaluate: Call, fixture_folder: Path, tmp_path: Path) -> None:
+    evaluate(fixture_folder, "--limit", "0.5", "--offset", "1", "--log_samples", tasks="same")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "same" / "samples.jsonl").read_text().split("\n")[:-1]]
+    assert [line["doc"]["id"] for line in lines] == ["same-test-1", "same-test-2"]
+    assert lines[0]["target"] == ["no"]
+
+
+def test_predictions_now_scores_later(evaluate: Call, call: Call, fixture_folder: Path, tmp_path: Path) -> None:
+    outcome = evaluate(fixture_folder, "--predict_only", tasks="same")
+    assert "predictions only" in outcome.out
+    scored = call("evaluate", "score", tmp_path / "out", "--metric", "pope:llava", "--output_path", tmp_path / "scores")
+    assert scored.code == 0, scored.err
+    assert "llava" in scored.out
+    assert json.loads((tmp_path / "scores" / "same" / "pope_llava-llava-1.json").read_text())["n"] == 4
+
+
+def test_model_args_name_the_checkpoint(
+    evaluate: Call, finished: Callable[..., Path], fixture_folder: Path, tmp_path: Path
+) -> None:
+    adapter = finished() / "stages" / "02-same" / "adapter"
+    evaluate("--model", "hf", "--model_args", f"pretrained={fixture_folder},peft={adapter}", tasks="same")
+    by_args = answers(tmp_path / "out" / "same")
+    evaluate(adapter, tasks="same")
+    assert answers(tmp_path / "out" / "same") == by_args
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--gen_kwargs", "num_beam=2"), "did you mean 'num_beams'?"),
+        (("--gen_kwargs", "num_beams=two"), "is no int"),
+        (("--limit", "1.5"), "neither a number of rows nor a share"),
+        (("--num_fewshot", "3"), "only 0 is possible"),
+        (("--model_args", "dtype=float16"), "put other settings into a recipe"),
+        (("--device", "tpu"), "only `cpu` and `cuda`"),
+    ],
+)
+def test_flags_that_cannot_be(evaluate: Call, fixture_folder: Path, more: tuple[str, ...], message: str) -> None:
+    outcome = evaluate(fixture_folder, *more, tasks="same", code=2)
+    assert message in " ".join(outcome.err.replace("│", " ").split())
+
+
+def test_a_benchmark_for_a_judge(evaluate: Call, fixture_folder: Path, tmp_path: Path) -> None:
+    outcome = evaluate(fixture_folder, tasks="colours", code=2)
+    assert "did you mean 'colour'?" in outcome.err
+
+
+@pytest.mark.parametrize("what", ["tasks", "scorers", "profiles"])
+def test_ls(call: Call, what: str) -> None:
+    outcome = call("evaluate", "ls", what)
+    assert outcome.code == 0
+    assert {"tasks": "pope-random", "scorers": "vqav2_official", "profiles": "mllm_cl"}[what] in outcome.out

@@ -1,0 +1,108 @@
+"""Predictions scored again without a model, in any order; samples for other harnesses."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from mllm_cl.errors import EvaluationError
+from mllm_cl.evaluation import cell
+from mllm_cl.evaluation.cell import evaluate_cell
+from mllm_cl.evaluation.engine import GenerationSettings
+from mllm_cl.evaluation.rescoring import find_predictions, read_predictions, rescore
+from mllm_cl.evaluation.samples import write_samples
+from mllm_cl.training.standalone import Measured
+
+
+@pytest.fixture
+def written(loaded, make_row, monkeypatch, tmp_path):
+    """A cell of eight yes-or-no rows on four pictures, answered without a model."""
+    rows = []
+    for number in range(8):
+        row = make_row(f"r{number}", "Is it?", ("yes", "no")[number % 2], (number // 2, 9, 9))
+        row["images"] = rows[-1]["images"] if number % 2 else row["images"]
+        rows.append({**row, "choices": ["a", "b"], "odd": object()})
+
+    def answers(model, processor, rows, batches, settings, route=None):
+        for batch in batches:
+            yield batch, [("Yes.", "nope", "No", "no\u2028")[index % 4] for index in batch]
+
+    monkeypatch.setattr(cell, "generate_batches", answers)
+
+    def write(metric="pope", name="cell"):
+        return evaluate_cell(
+            None, loaded[1], rows, folder=tmp_path / name, stage="s", task="t", metric=metric,
+            settings=GenerationSettings(batch_size=4), key=f"key {metric}",
+        )  # fmt: skip
+
+    return write
+
+
+def test_the_same_score_comes_out(written, tmp_path):
+    result = written()
+    name, scored = rescore(read_predictions(tmp_path / "cell" / "predictions.jsonl"))
+    assert name == "pope"
+    assert (scored.value, scored.stderr, scored.clusters) == (result.score, result.stderr, 4)
+
+
+def test_order_does_not_matter_and_profiles_do(written, tmp_path):
+    written()
+    path = tmp_path / "cell" / "predictions.jsonl"
+    before = {
+        profile: rescore(read_predictions(path), profile=profile)[1].value
+        for profile in ("strict", "llava", "lmms_eval")
+    }
+    assert len(set(before.values())) == 3
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    random.Random(0).shuffle(lines)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    after = {profile: rescore(read_predictions(path), profile=profile)[1].value for profile in before}
+    assert after == before
+    assert rescore(read_predictions(path), metric="yes_no")[1].value == pytest.approx(100 * 4 / 8)
+
+
+def test_row_fields_are_kept_where_they_can_be(written, tmp_path):
+    written()
+    line = read_predictions(tmp_path / "cell" / "predictions.jsonl").lines[0]
+    assert line["fields"] == {"choices": ["a", "b"]}
+
+
+def test_predictions_without_a_score(written, tmp_path):
+    result = written(metric=None)
+    assert result.score != result.score  # NaN: there is none
+    content = json.loads((tmp_path / "cell" / "result.json").read_text())
+    assert (content["score"], content["n"]) == (None, 8)
+    predictions = read_predictions(tmp_path / "cell" / "predictions.jsonl")
+    assert "score" not in predictions.lines[0]
+    with pytest.raises(EvaluationError, match="nothing says how it was scored"):
+        rescore(predictions)
+    assert rescore(predictions, metric="yes_no")[1].value == 50.0
+    assert written(metric=None).n == 8  # read from disk
+
+
+def test_broken_predictions_are_named(written, tmp_path):
+    written()
+    path = tmp_path / "cell" / "predictions.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    for broken, message in [
+        ([*lines, lines[0]], "line 9: the id 'r0' came before"),
+        ([*lines, "{"], "line 9: not valid JSON"),
+        ([*lines, '{"id": "x"}'], "line 9: lacks prediction, references"),
+        ([], "is empty"),
+    ]:
+        path.write_text("\n".join(broken), encoding="utf-8")
+        with pytest.raises(EvaluationError, match=message):
+            read_predictions(path)
+    with pytest.raises(EvaluationError, match=r"holds no predictions.jsonl"):
+        find_predictions(tmp_path / "nothing")
+
+
+def test_samples_have_the_fields_of_other_harnesses(written, tmp_path):
+    written(name="t")
+    [path] = write_samples(tmp_path, [Measured("t", [], "pope", 4, False)])
+    samples = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    assert len(samples) == 8
+    assert {"doc_id", "doc", "target", "resps", "filtered_resps", "doc_hash", "pope"} <= set(samples[0])
+    assert samples[0]["filtered_resps"] == ["Yes."]
