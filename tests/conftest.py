@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,3 +140,30 @@ def train_task(tmp_path: Path) -> Callable[..., Any]:
         return trainer
 
     return train
+
+
+@pytest.fixture(scope="session")
+def public_streams() -> Any:
+    """The module that makes small folders of the public streams, `tests/fixtures/public_streams.py`."""
+    file = Path(__file__).parent / "fixtures" / "public_streams.py"
+    spec = importlib.util.spec_from_file_location("public_streams", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def public_folder(public_streams: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Returns the folder of a public stream, made once; a test that changes files copies it first."""
+    made: dict[Any, Path] = {}
+
+    def folder(name: str) -> Path:
+        maker = public_streams.MAKERS[name]
+        if maker not in made:
+            made[maker] = tmp_path_factory.mktemp(name)
+            maker(made[maker])
+        return made[maker]
+
+    return folder

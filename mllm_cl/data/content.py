@@ -174,8 +174,12 @@ def resolve_image(reference: Any, root: str, key: str) -> Any:
     if isinstance(reference, Mapping):
         if reference.get("bytes") is not None:
             return {"bytes": reference["bytes"], "path": reference.get("path")}
+        if isinstance(reference.get("tiles"), (list, tuple)) and reference["tiles"]:
+            tiles = [resolve_image(tile, root, key) for tile in reference["tiles"]]
+            return {"tiles": tiles, "columns": int(reference.get("columns", 1))}
         if isinstance(reference.get("path"), str) and reference["path"]:
-            return os.path.join(root, reference["path"])
+            path = os.path.join(root, reference["path"])
+            return {"path": path, "crop": tuple(reference["crop"])} if reference.get("crop") else path
     raise wrong_type(key, reference, "a path, or an object with `bytes` or `path`, or a list of them")
 
 

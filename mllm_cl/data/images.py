@@ -1,7 +1,10 @@
 """Image references and how they become pixels.
 
 A reference is a path (`str` or `Path`), a `PIL.Image.Image`, or the mapping `{"bytes": ..., "path": ...}` that datasets
-uses for encoded images. References are opened only at collation, so replay memories and shuffled streams stay small.
+uses for encoded images. Two more mappings let a builder refer to parts and arrangements of files without writing new
+ones: `{"path": ..., "crop": (left, top, right, bottom)}` and `{"tiles": [references], "columns": 2}`, which puts images
+into cells of equal size, row by row. References are opened only at collation, so replay memories and shuffled streams
+stay small.
 """
 
 from __future__ import annotations
@@ -9,13 +12,14 @@ from __future__ import annotations
 import io
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mllm_cl.errors import DataError
+from mllm_cl.model_section import ImageMode
 
 _ORIENTATION = 0x0112  # EXIF tag
 # What the decoders of Pillow raise on damaged data.
@@ -27,7 +31,10 @@ def describe_image(reference: Any) -> str:
     if isinstance(reference, (str, Path)):
         return str(reference)
     if isinstance(reference, Mapping):
-        return str(reference.get("path") or f"<{len(reference.get('bytes') or b'')} embedded bytes>")
+        if reference.get("tiles"):
+            return " + ".join(map(describe_image, reference["tiles"]))
+        crop = f" cropped to {tuple(reference['crop'])}" if reference.get("crop") else ""
+        return str(reference.get("path") or f"<{len(reference.get('bytes') or b'')} embedded bytes>") + crop
     return f"<{type(reference).__name__}>"
 
 
@@ -43,6 +50,10 @@ def open_image(reference: Any) -> Image.Image:
         if isinstance(reference, (str, Path)):
             return Image.open(reference)
         if isinstance(reference, Mapping):
+            if reference.get("tiles"):
+                return _tile(reference["tiles"], reference.get("columns", 1))
+            if reference.get("crop"):
+                return _crop(reference)
             if reference.get("bytes") is not None:
                 return Image.open(io.BytesIO(reference["bytes"]))
             if reference.get("path"):
@@ -90,6 +101,46 @@ def load_image(reference: Any) -> Image.Image:
         ) from error
 
 
+def _crop(reference: Mapping[str, Any]) -> Image.Image:
+    """The part of an image inside a box in pixels; what of the box lies outside the image is left away.
+
+    Raises:
+        DataError: nothing of the box lies inside the image.
+    """
+    image = load_image({key: value for key, value in reference.items() if key != "crop"})
+    left, top, right, bottom = (round(value) for value in reference["crop"])
+    box = (max(left, 0), max(top, 0), min(right, image.width), min(bottom, image.height))
+    if box[0] >= box[2] or box[1] >= box[3]:
+        raise DataError(
+            f"{describe_image(reference)}: the box lies outside the {image.width} x {image.height} image.",
+            expected="left < right and top < bottom, in pixels",
+            fix="correct the box, or remove the row.",
+        )
+    return image.crop(box)
+
+
+def _tile(references: Sequence[Any], columns: int) -> Image.Image:
+    """Images side by side, each scaled to the size of the first; a last row that is not full stays black."""
+    images = [load_image(reference) for reference in references]
+    width, height = images[0].size
+    sheet = Image.new("RGB", (width * min(columns, len(images)), height * -(-len(images) // columns)))
+    for number, image in enumerate(images):
+        sheet.paste(image.resize((width, height)), (number % columns * width, number // columns * height))
+    return sheet
+
+
+def image_files(reference: Any) -> list[str]:
+    """Returns the paths that a reference reads; empty for images in memory."""
+    if isinstance(reference, (str, Path)):
+        return [str(reference)]
+    if not isinstance(reference, Mapping):
+        return []
+    if reference.get("tiles"):
+        return [path for tile in reference["tiles"] for path in image_files(tile)]
+    path = reference.get("path")
+    return [str(path)] if path and reference.get("bytes") is None else []
+
+
 def _to_8_bits(image: Image.Image) -> Image.Image:
     """Scales 16-bit grey to 8 bits, where Pillow's own conversion clips and gives a white image.
 
@@ -98,6 +149,36 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     high = cast("tuple[float, float]", image.getextrema())[1]
     scale = 1.0 if not image.mode.startswith("I;16") and high <= 255 else 1.0 / 257.0
     return image.convert("F").point(lambda value: value * scale + 0.0).convert("L")
+
+
+def fit_image(image: Image.Image, mode: ImageMode, fill: tuple[int, int, int]) -> Image.Image:
+    """Makes an image square before the model's own processor sees it.
+
+    Args:
+        image: an RGB image, width x height.
+        mode: `native` leaves it as it is; `pad` centres it on a square of the longer side, as LLaVA-1.5 does; `crop` keeps
+            the centre square of the shorter side.
+        fill: colour of the padding.
+    """
+    width, height = image.size
+    if mode == "native" or width == height:
+        return image
+    if mode == "crop":
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        return image.crop((left, top, left + side, top + side))
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), fill)
+    square.paste(image, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def fitted_size(size: tuple[int, int], mode: ImageMode) -> tuple[int, int]:
+    """Returns the width and height that `fit_image` makes of an image of this width and height."""
+    if mode == "native":
+        return size
+    side = min(size) if mode == "crop" else max(size)
+    return side, side
 
 
 def encode_png(image: Image.Image) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
 from mllm_cl.data.rows import Row, Rows
 from mllm_cl.errors import DataError
 
@@ -48,6 +50,51 @@ def balanced(memory: Sequence[Entry], new: Sequence[Entry], size: int, rng: rand
         quota = share + (position < extra)
         kept += entries if len(entries) <= quota else rng.sample(entries, quota)
     return kept
+
+
+def first_of_each(memory: Sequence[Entry], new: Sequence[Entry], size: int) -> list[Entry]:
+    """Keeps the first floor(size / t) rows of each of the t tasks (the first `size mod t` tasks one more).
+
+    For memories whose rows stand in an order of merit: a shorter list is then the list that would have been made.
+    """
+    by_task: dict[str, list[Entry]] = {}
+    for entry in [*memory, *new]:
+        by_task.setdefault(entry[0], []).append(entry)
+    share, extra = divmod(size, len(by_task)) if by_task else (0, 0)
+    return [
+        entry for position, entries in enumerate(by_task.values()) for entry in entries[: share + (position < extra)]
+    ]
+
+
+def class_order(labels: Sequence[str], rng: random.Random) -> list[int]:
+    """Returns an order of the rows in which every beginning has the classes as evenly as they last: one row of each
+    class in turn, rows and classes shuffled."""
+    classes: dict[str, list[int]] = {}
+    for index in rng.sample(range(len(labels)), len(labels)):
+        classes.setdefault(labels[index], []).append(index)
+    rounds = max((len(members) for members in classes.values()), default=0)
+    return [members[turn] for turn in range(rounds) for members in classes.values() if turn < len(members)]
+
+
+def herding_order(features: Tensor, count: int) -> list[int]:
+    """Returns rows whose running mean stays nearest to the mean of all (iCaRL, Rebuffi et al. 2017, arXiv 1611.07725).
+
+    Row k + 1 is argmin_x |mean − (x + Σ chosen) / (k + 1)|.
+
+    Args:
+        features: (rows, features).
+        count: rows to choose.
+    """
+    features = features.double()
+    mean, chosen, total = features.mean(dim=0), [], features.new_zeros(features.shape[1])
+    free = features.new_ones(len(features)).bool()
+    for number in range(1, min(count, len(features)) + 1):
+        distance = (mean - (features + total) / number).norm(dim=1)  # (rows,)
+        best = int(distance.masked_fill(~free, float("inf")).argmin())
+        chosen.append(best)
+        free[best] = False
+        total = total + features[best]
+    return chosen
 
 
 def look_up(memory: Sequence[Entry], rows_of_task: Mapping[str, Sequence[Row]]) -> Rows:

@@ -68,6 +68,7 @@ class Problem:
         fix (`str`): what to do.
         severity (`str`, defaults to `"error"`): `"warning"` where training may go on.
         unit (`str`, defaults to `"row"`): what `row` counts.
+        position (`int`, *optional*): index of the row in the rows that were checked, from 0.
     """
 
     file: str
@@ -78,6 +79,7 @@ class Problem:
     fix: str
     severity: str = "error"
     unit: str = "row"
+    position: int | None = None
 
     def __str__(self) -> str:
         place = self.file if self.row is None else f"{self.file}, {self.unit} {self.row}"
@@ -91,7 +93,7 @@ def problem_of(error: DataError, file: str) -> Problem:
         message = error.message if error.expected is None else f"{error.message} Expected: {error.expected}."
         fix = error.fix or "correct or remove the row."
         return Problem(error.file or file, error.number, error.row_id, error.kind, message, fix, unit=error.unit)
-    given = error.given.removeprefix(f"{file}: ")
+    given = error.given.removeprefix(f"{file}: ").removeprefix(f"{file}, ")
     message = given if error.expected is None else f"{given} Expected: {error.expected}."
     return Problem(file, None, None, "file", message, error.fix or "correct the file.")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from mllm_cl.data.content import own_id
 from mllm_cl.data.formats import FORMATS, check_format, convert_row, detect_row_format
 from mllm_cl.data.problems import RowError
 from mllm_cl.data.rows import Origin, Row, Rows
-from mllm_cl.data.sources import JsonSource, TableSource
+from mllm_cl.data.sources import JsonSource, Labels, TableSource
 from mllm_cl.errors import DataError
 
 Source = JsonSource | TableSource
@@ -68,11 +68,53 @@ def read_rows(
     """
     check_format(format)
     source, place, root = _open_source(path, split)
-    if format == "auto":
-        format = _detect(source, place)[0]
+    format, reason = _detect(source, place) if format == "auto" else (format, "as asked for")
     root = str(image_folder) if image_folder is not None else root
-    reader = _Reader(source, place, format, f"{task}/{split}", split, root, suffix)
-    return Rows(reader, origin=Origin(place, source.unit, source.numbers, source.renamed))
+    return _rows_of(_Reader(source, place, format, f"{task}/{split}", split, root, suffix), reason)
+
+
+def _rows_of(reader: _Reader, reason: str) -> Rows:
+    source = reader.source
+    found = f"{reader.format} ({reason})"
+    return Rows(reader, origin=Origin(reader.place, source.unit, source.numbers, source.renamed, found))
+
+
+def read_rows_by(
+    path: str | Path,
+    label_of: Callable[[Any], str | None],
+    *,
+    format: str = "auto",
+    image_folder: str | Path | None = None,
+    split: str = "train",
+    task: str = "task",
+    suffix: str | None = None,
+) -> dict[str, Rows]:
+    """Returns the rows of one file in parts, found in the pass that indexes it.
+
+    Args:
+        path, format, image_folder, split, suffix: as in `read_rows`.
+        label_of (`Callable`): raw row -> name of its part, or `None` to leave it out. Rows of a part `NAME/test` or
+            `NAME/validation` get `answers` as those of such a split do.
+        task (`str`): part of the id of rows that bring none.
+
+    Raises:
+        DataError: as `read_rows`.
+    """
+    check_format(format)
+    labels = Labels(label_of)
+    source, place, root = _open_source(path, split, labels)
+    if isinstance(source, TableSource):
+        for index in range(len(source)):
+            labels.add(index, source[index])
+    format, reason = _detect(source, place) if format == "auto" else (format, "as asked for")
+    root = str(image_folder) if image_folder is not None else root
+    parts: dict[str, Rows] = {}
+    for name, positions in labels.parts.items():
+        kind = name.rsplit("/", 1)[-1]
+        kind = kind if kind in ("train", "validation", "test") else split
+        reader = _Reader(source, place, format, f"{task}/{name}", kind, root, suffix)
+        parts[name] = _rows_of(reader, reason).select(positions)
+    return parts
 
 
 def detect_format(path: str | Path, *, split: str = "train") -> tuple[str, str]:
@@ -153,7 +195,7 @@ def _detect(source: Source, place: str) -> tuple[str, str]:
     )
 
 
-def _open_source(path: str | Path, split: str) -> tuple[Source, str, str]:
+def _open_source(path: str | Path, split: str, labels: Labels | None = None) -> tuple[Source, str, str]:
     """Returns the source, its name for messages and the folder for relative image paths."""
     text = str(path)
     target = Path(text).expanduser()
@@ -163,7 +205,7 @@ def _open_source(path: str | Path, split: str) -> tuple[Source, str, str]:
         target = Path(text).expanduser()
     try:
         if target.is_file():
-            return _open_file(target), str(target), str(target.parent)
+            return _open_file(target, labels), str(target), str(target.parent)
         if target.is_dir():
             return _open_folder(target, split, wanted), str(target), str(target)
     except (OSError, PermissionError) as error:
@@ -194,10 +236,10 @@ def _missing(target: Path) -> DataError:
     return DataError(f"{target}: the file does not exist.", expected="a file, a folder or a Hub id owner/name", fix=fix)
 
 
-def _open_file(path: Path) -> Source:
+def _open_file(path: Path, labels: Labels | None = None) -> Source:
     suffix = path.suffix.lower()
     if suffix in (".json", ".jsonl", ".ndjson"):
-        return JsonSource(path)
+        return JsonSource(path, labels)
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty.", expected="a list of rows", fix="fill or remove it.")
     if suffix == ".parquet":

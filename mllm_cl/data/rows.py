@@ -20,9 +20,12 @@ image.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict, overload
+
+from mllm_cl.data.problems import RowError
 
 
 class Row(TypedDict):
@@ -43,12 +46,14 @@ class Origin:
         unit (`str`, defaults to `"row"`): `"line"` where the number is a line number (JSONL).
         numbers (`Sequence[int]`, *optional*): number of each source item; 1, 2, 3, ... when `None`.
         renamed (`Mapping[int, str]`, *optional*): source index -> the id it was given because its own was taken.
+        format (`str`, *optional*): row format of the file, and how it was found out.
     """
 
     path: str
     unit: str = "row"
     numbers: Sequence[int] | None = None
     renamed: Mapping[int, str] | None = None
+    format: str | None = None
 
 
 class Rows(Sequence[Row]):
@@ -91,7 +96,15 @@ class Rows(Sequence[Row]):
         """Returns the view with these rows, in this order; nothing is copied or converted."""
         if self._indices is not None:
             indices = [self._indices[index] for index in indices]
-        return Rows(self._source, self._convert, list(indices), self._origin)
+        return Rows(self._source, self._convert, array("q", indices), self._origin)
+
+    def map(self, function: Callable[[Row, int], Row]) -> Rows:
+        """Returns the view whose rows are `function(row, position)`, called when a row is asked for.
+
+        `position` counts the rows of the file from 0, also in a view of it. A `RowError` of the function gets its place.
+        """
+        whole = Rows(self._source, self._convert, None, self._origin)
+        return Rows(_Mapped(whole, function), None, self._indices, self._origin)
 
     def _position(self, index: int) -> int:
         position = range(len(self))[index]
@@ -101,6 +114,11 @@ class Rows(Sequence[Row]):
     def origin(self) -> str | None:
         """File, folder or Hub id that the rows were read from; `None` for rows made in memory."""
         return None if self._origin is None else self._origin.path
+
+    @property
+    def format(self) -> str | None:
+        """Row format of the file, and how it was found out; `None` for rows made in memory."""
+        return None if self._origin is None else self._origin.format
 
     @property
     def unit(self) -> str:
@@ -117,6 +135,24 @@ class Rows(Sequence[Row]):
     def is_renamed(self, index: int) -> bool:
         """True if the reader had to change the id of this row because an earlier row has the same."""
         return bool(self._origin and self._origin.renamed and self._position(index) in self._origin.renamed)
+
+
+@dataclass(frozen=True)
+class _Mapped(Sequence[Row]):
+    rows: Rows
+    function: Callable[[Row, int], Row]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index):  # type: ignore[override]
+        row = self.rows[index]
+        try:
+            return self.function(row, index)
+        except RowError as error:
+            if error.file is not None or self.rows.origin is None:
+                raise
+            raise error.at(self.rows.origin, self.rows.number(index), self.rows.unit, row["id"]) from error
 
 
 def text_block(text: str) -> dict[str, str]:

@@ -10,40 +10,88 @@ import codecs
 import json
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mllm_cl.data.content import own_id
 from mllm_cl.data.problems import RowError
 from mllm_cl.errors import DataError
 
 _CHUNK = 1 << 22  # characters; larger than any sane row
+_TABLE_ROWS = 10_000  # rows of a table whose ids are read at once
 _SPACE = re.compile(r"[ \t\r\n]*")
 _UTF8_FIX = "save the file as UTF-8."
 
 
+class Labels:
+    """Sorts rows into named parts while a file is parsed: the positions of each label, in order of first appearance.
+
+    Args:
+        label_of (`Callable`): raw row -> label. A row that is broken gets the label `None` and is left out.
+    """
+
+    def __init__(self, label_of: Callable[[Any], str | None]) -> None:
+        self.label_of = label_of
+        self.parts: dict[str, array] = {}
+        self.left_out = 0
+
+    def add(self, index: int, raw: Any) -> None:
+        """Notes the label of the row at `index`."""
+        label = self.label_of(raw)
+        if label is None:
+            self.left_out += 1
+        else:
+            self.parts.setdefault(label, array("q")).append(index)
+
+
 class IdBook:
-    """Hands out ids that are unique in a file: the second row called `x` becomes `x#2`."""
+    """Finds ids that are used twice, with 16 bytes per row: the second row called `x` becomes `x#2`.
+
+    Only hashes are kept while a file is read; the ids of rows with equal hashes are read again and compared.
+    """
 
     def __init__(self) -> None:
-        self.renamed: dict[int, str] = {}
-        self._seen: set[str] = set()
+        self._hashes, self._positions = array("q"), array("q")
 
     def add(self, index: int, raw: Any) -> None:
         """Notes the id of the row at `index`, if it brings one."""
+        row_id = self._id(raw)
+        if row_id is not None:
+            self._hashes.append(hash(row_id))
+            self._positions.append(index)
+
+    def renamed(self, read: Callable[[int], Any]) -> dict[int, str]:
+        """Returns the new ids of rows whose own are taken, by index; `read` gives a raw row once more."""
+        hashes = np.frombuffer(self._hashes, dtype=np.int64) if self._hashes else np.zeros(0, np.int64)
+        order = np.sort(hashes)
+        twice = np.unique(order[1:][order[1:] == order[:-1]])
+        renamed: dict[int, str] = {}
+        seen: set[str] = set()
+        for place in np.flatnonzero(np.isin(hashes, twice)).tolist() if len(twice) else []:
+            index = self._positions[place]
+            row_id = self._id(read(index))
+            if row_id in seen:
+                copy = 2
+                while f"{row_id}#{copy}" in seen or _is_in(order, hash(f"{row_id}#{copy}")):
+                    copy += 1
+                row_id = renamed[index] = f"{row_id}#{copy}"
+            seen.add(str(row_id))
+        return renamed
+
+    @staticmethod
+    def _id(raw: Any) -> str | None:
         try:
-            row_id = own_id(raw) if isinstance(raw, dict) else None
+            return own_id(raw) if isinstance(raw, dict) else None
         except RowError:
-            return  # reported when the row is read
-        if row_id is None:
-            return
-        if row_id in self._seen:
-            copy = 2
-            while f"{row_id}#{copy}" in self._seen:
-                copy += 1
-            row_id = self.renamed[index] = f"{row_id}#{copy}"
-        self._seen.add(row_id)
+            return None  # reported when the row is read
+
+
+def _is_in(ordered: np.ndarray, value: int) -> bool:
+    place = int(np.searchsorted(ordered, value))
+    return place < len(ordered) and int(ordered[place]) == value
 
 
 class JsonSource(Sequence[Any]):
@@ -51,12 +99,13 @@ class JsonSource(Sequence[Any]):
 
     Args:
         path (`Path`): the file. Nothing is kept open, so the source can be sent to loader workers.
+        labels (`Labels`, *optional*): is told every row, so that a file can be sorted into parts in the same pass.
 
     Raises:
         DataError: the file is empty, not UTF-8, not a list of rows, or (JSON list) has a syntax error.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, labels: Labels | None = None) -> None:
         self.path = path
         self.starts, self.lengths, numbers = array("q"), array("q"), array("q")
         book = IdBook()
@@ -67,11 +116,13 @@ class JsonSource(Sequence[Any]):
             self.lengths.append(length)
             numbers.append(number)
             book.add(index, raw)
+            if labels is not None:
+                labels.add(index, raw)
         if not self.starts:
             raise DataError(f"{path}: the file has no rows.", expected="at least one row", fix="fill or remove it.")
         self.unit = "line" if is_lines else "row"
         self.numbers: Sequence[int] = numbers if is_lines else range(1, len(self.starts) + 1)
-        self.renamed = book.renamed
+        self.renamed = book.renamed(self.__getitem__)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -284,9 +335,13 @@ class TableSource(Sequence[Any]):
         book = IdBook()
         keys = [key for key in ("id", "question_id") if key in dataset.column_names]
         if keys:
-            for index, raw in enumerate(dataset.select_columns(keys)):
-                book.add(index, raw)
-        self.renamed = book.renamed
+            columns = dataset.select_columns(keys).with_format("arrow")
+            index = 0
+            for table in columns.iter(batch_size=_TABLE_ROWS):
+                for raw in table.to_pylist():
+                    book.add(index, raw)
+                    index += 1
+        self.renamed = book.renamed(lambda index: dataset[index])
 
     def __len__(self) -> int:
         return len(self.dataset)

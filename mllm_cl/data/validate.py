@@ -6,29 +6,48 @@ training and evaluation rely on; keys that nobody knows are no problem.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
 
 from mllm_cl.data.content import type_name
-from mllm_cl.data.images import open_image
+from mllm_cl.data.image_keys import image_key
+from mllm_cl.data.images import image_files, load_image, open_image
 from mllm_cl.data.problems import Problem, RowError, problem_of
 from mllm_cl.data.readers import read_rows
 from mllm_cl.data.rows import Row, Rows, message_text
 from mllm_cl.errors import DataError
 
 ImageCheck = Literal["decode", "header", "exists", "none"]
-Progress = Callable[[int, int], None]
+Progress = Callable[[str, int, int], None]
 Finding = tuple[str, str, str]  # kind, message, fix
 
 _BATCH = 256
 _ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Checks:
+    """How a validation looks at rows.
+
+    Args:
+        images (`str`, defaults to `"decode"`): `"decode"` finds truncated files, `"header"` files that are no images,
+            `"exists"` only missing ones, `"none"` leaves images alone.
+        progress (`Callable`, *optional*): called with (name of the split, rows done, rows).
+        workers (`int`, defaults to 8): threads that open images.
+    """
+
+    images: ImageCheck = "decode"
+    progress: Progress | None = None
+    workers: int = 8
+
+
+FULL = Checks()
 
 
 @dataclass
@@ -53,9 +72,7 @@ def validate_rows(
     *,
     split: str = "train",
     name: str = "rows",
-    images: ImageCheck = "decode",
-    progress: Progress | None = None,
-    workers: int = 8,
+    checks: Checks = FULL,
 ) -> list[Problem]:
     """Returns everything that is wrong with some rows.
 
@@ -63,10 +80,7 @@ def validate_rows(
         rows (`Sequence[Row]`): from `read_rows`, or any sequence of rows.
         split (`str`, defaults to `"train"`): training rows need a final answer, others need `answers`.
         name (`str`): stands for the file of rows that were made in memory.
-        images (`str`, defaults to `"decode"`): `"decode"` finds truncated files, `"header"` files that are no images,
-            `"exists"` only missing ones, `"none"` leaves images alone.
-        progress (`Callable`, *optional*): called with (rows done, rows).
-        workers (`int`, defaults to 8): threads that open images.
+        checks (`Checks`, *optional*): what to do with images, and whom to tell about progress.
 
     Example:
 
@@ -78,7 +92,7 @@ def validate_rows(
 
     ```
     """
-    return check_split(rows, split=split, name=name, images=images, progress=progress, workers=workers).problems
+    return check_split(rows, split=split, name=name, checks=checks).problems
 
 
 def validate_file(
@@ -87,16 +101,14 @@ def validate_file(
     format: str = "auto",
     image_folder: str | Path | None = None,
     split: str = "train",
-    images: ImageCheck = "decode",
-    progress: Progress | None = None,
-    workers: int = 8,
+    checks: Checks = FULL,
 ) -> list[Problem]:
     """Returns everything that is wrong with a file (arguments as in `read_rows` and `validate_rows`)."""
     try:
         rows = read_rows(path, format=format, image_folder=image_folder, split=split)
     except DataError as error:
         return [problem_of(error, str(path))]
-    return validate_rows(rows, split=split, name=str(path), images=images, progress=progress, workers=workers)
+    return validate_rows(rows, split=split, name=str(path), checks=checks)
 
 
 def check_split(
@@ -104,9 +116,7 @@ def check_split(
     *,
     split: str = "train",
     name: str = "rows",
-    images: ImageCheck = "decode",
-    progress: Progress | None = None,
-    workers: int = 8,
+    checks: Checks = FULL,
 ) -> SplitReport:
     """Returns the problems of a split with its ids and images, for checks across splits; see `validate_rows`."""
     report = SplitReport(rows=len(rows))
@@ -114,7 +124,7 @@ def check_split(
         report.problems.append(Problem(name, None, None, "empty_split", f"the {split} split has no rows.", "add rows."))
         return report
     first_use: dict[str, int] = {}
-    with ThreadPoolExecutor(max_workers=workers) as pool:
+    with ThreadPoolExecutor(max_workers=checks.workers) as pool:
         for start in range(0, len(rows), _BATCH):
             stop = min(start + _BATCH, len(rows))
             pending: dict[str, tuple[int, str | None, Any]] = {}
@@ -125,13 +135,13 @@ def check_split(
                     if key not in report.images:
                         report.images[key] = index
                         pending[key] = (index, _id_of(row), reference)
-            if images != "none":
-                checks = pool.map(lambda entry: _check_image(entry[2], images), pending.values())
-                for (index, row_id, _), found in zip(pending.values(), checks):
+            if checks.images != "none":
+                results = pool.map(lambda entry: _check_image(entry[2], checks.images), pending.values())
+                for (index, row_id, _), found in zip(pending.values(), results):
                     if found:
                         report.problems.append(_located(rows, index, row_id, name, found))
-            if progress:
-                progress(stop, len(rows))
+            if checks.progress:
+                checks.progress(name, stop, len(rows))
     report.problems.sort(key=lambda problem: problem.row or 0)
     return report
 
@@ -144,7 +154,7 @@ def _check_one(
     try:
         row: Any = rows[index]
     except RowError as error:
-        report.problems.append(problem_of(error, name))
+        report.problems.append(replace(problem_of(error, name), position=index))
         if error.partial is None:
             return None
         row, known = error.partial, error.kind
@@ -175,7 +185,7 @@ def _located(
     kind, message, fix = found
     origin = rows.origin if isinstance(rows, Rows) else None
     number, unit = _number(rows, index), _unit(rows)
-    return Problem(origin or name, number, row_id, kind, message, fix, severity=severity, unit=unit)
+    return Problem(origin or name, number, row_id, kind, message, fix, severity=severity, unit=unit, position=index)
 
 
 def _number(rows: Sequence[Row], index: int) -> int:
@@ -281,30 +291,20 @@ def _check_answers(row: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]
         yield "empty_answer", "the answer is empty.", "fill in the answer, or remove the row."
 
 
-def image_key(reference: Any) -> str:
-    """Returns the identity of an image: its normal path, or the hash of its bytes."""
-    if isinstance(reference, (str, Path)):
-        return os.path.normpath(reference)
-    if isinstance(reference, Image.Image):
-        header = f"{reference.mode}{reference.size}".encode()
-        return "sha256:" + hashlib.sha256(header + reference.tobytes()).hexdigest()
-    if isinstance(reference, Mapping):
-        if isinstance(reference.get("bytes"), bytes):
-            return "sha256:" + hashlib.sha256(reference["bytes"]).hexdigest()
-        return os.path.normpath(str(reference.get("path")))
-    return repr(reference)
-
-
 def _check_image(reference: Any, check: ImageCheck) -> Finding | None:
     """Returns what is wrong with one image; runs in a thread."""
-    if isinstance(reference, Mapping) and reference.get("bytes") is None:
-        reference = reference.get("path")
-    if isinstance(reference, (str, Path)) and not os.path.isfile(reference):
-        message = f"the image {str(reference)!r} does not exist."
-        return "image_missing", message, "correct the path in the row, or `image_folder`."
+    for path in image_files(reference):
+        if not os.path.isfile(path):
+            message = f"the image {path!r} does not exist."
+            return "image_missing", message, "correct the path in the row, or `image_folder`."
+        if not os.path.getsize(path):
+            return "image_unreadable", f"the image {path!r} is empty (0 bytes).", "replace the file or remove the row."
     if check == "exists" or isinstance(reference, Image.Image):
         return None
     try:
+        if isinstance(reference, Mapping) and (reference.get("tiles") or reference.get("crop")):
+            load_image(reference)
+            return None
         with open_image(reference) as image:
             if check == "decode":
                 image.draft("RGB", (64, 64))  # JPEG only: decodes a reduced size, but reads the whole file

@@ -1,4 +1,4 @@
-"""Order, subsets and held-out validation rows of a stream: everything that a recipe may ask of one."""
+"""Everything that a recipe may ask of a stream: order, subsets, held-out validation rows, and what `making` makes."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import random
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
+from mllm_cl.data.image_keys import image_key
 from mllm_cl.data.problems import RowError
-from mllm_cl.data.rows import Row, Rows, reference_answers
-from mllm_cl.data.validate import image_key
+from mllm_cl.data.rows import Row, reference_answers
 from mllm_cl.errors import StreamError, suggest
+from mllm_cl.streams import making
+from mllm_cl.streams.exclude import exclude_rows
 from mllm_cl.streams.fingerprint import fingerprint
 from mllm_cl.streams.stream import Stream, Task
+from mllm_cl.streams.transforms import transform
 
 _SPLITS = ("train", "validation", "test")
 
@@ -21,25 +25,43 @@ _SPLITS = ("train", "validation", "test")
 def arrange(
     stream: Stream,
     *,
-    order: Sequence[str] | Literal["random"] | None = None,
+    tasks: Sequence[str] | None = None,
+    order: Sequence[str] | Literal["random", "similar", "dissimilar"] | None = None,
     limit: int | Mapping[str, int] | None = None,
     seed: int = 0,
     validation_share: float | None = None,
+    exclude: str | Path | None = None,
+    merge: Mapping[str, Sequence[str] | Mapping[str, float]] | None = None,
+    repeat: int | Mapping[str, int] = 1,
+    blur: float | None = None,
+    task_free: bool = False,
+    transforms: Sequence[Mapping[str, Any]] = (),
 ) -> Stream:
-    """Returns the stream in another order, with fewer rows, or with validation rows held out of the training rows.
+    """Returns a stream made of another: what a recipe's `stream` section asks for.
+
+    Applied in this order: exclude, tasks, order, merge, validation_share, limit, repeat, blur, task_free, transforms.
 
     Args:
         stream (`Stream`): left as it is; rows are shared, not copied.
-        order (list of names or `"random"`, *optional*): every task name exactly once; a seeded shuffle when `"random"`.
+        tasks (list of names, *optional*): leave the others out; the order stays.
+        order (list of names, *optional*): every task name exactly once; `"random"`: a seeded shuffle; `"similar"`: each
+            task is followed by the one whose questions are most alike, `"dissimilar"`: least alike.
         limit (`int` or `dict`, *optional*): most rows per task and split; an int is for all splits,
             `{"train": ..., "validation": ..., "test": ...}` for each. The rows kept are drawn so that each answer keeps
             its share, and stay in their order.
-        seed (`int`, defaults to 0): of order, subsets and held-out rows. A task draws the same rows in every order.
+        seed (`int`, defaults to 0): of everything that is drawn. A task draws the same rows in every order.
         validation_share (`float`, *optional*): share of the training rows to hold out for tasks that have no validation
             rows; all rows of an image go to the same side.
+        exclude (`str` or `Path`, *optional*): list of rows to leave out, as `mllm-cl data validate --drop-bad` writes it.
+        merge (`dict`, *optional*): new name -> tasks (or task -> share of its rows) that are learnt as one.
+        repeat (`int` or `dict`, defaults to 1): appearances of all tasks, or task -> appearances; the training rows of a
+            task that comes back are divided among its appearances.
+        blur (`float`, *optional*): share of each task's training rows that is learnt with its neighbours.
+        task_free (`bool`, defaults to `False`): cut all training rows into segments that do not end where tasks end.
+        transforms (list of `{name: options}`): see `mllm_cl.streams.transforms`.
 
     Raises:
-        StreamError: names that are no permutation of the tasks, an impossible limit or share.
+        StreamError: names that are no permutation of the tasks, an impossible limit or share, an unknown transform.
 
     Example:
 
@@ -54,23 +76,52 @@ def arrange(
     limits = _limits(limit)
     if validation_share is not None and not 0 < validation_share < 1:
         raise StreamError(f"validation_share: {validation_share} given.", expected="a number between 0 and 1")
-    tasks = _ordered(stream, order, seed)
+    if exclude is not None:
+        stream = exclude_rows(stream, exclude)
+    if tasks is not None:
+        stream = _only(stream, tasks)
+    arranged = _ordered(stream, order, seed)
+    if merge:
+        arranged = making.merge(stream, arranged, merge, seed)
     if validation_share is not None:
-        tasks = [_hold_out(task, validation_share, seed) for task in tasks]
+        arranged = [_hold_out(task, validation_share, seed) for task in arranged]
     if limits:
-        tasks = [_limited(task, limits, seed) for task in tasks]
-    if tasks == list(stream.tasks) and stream.fingerprint:
+        arranged = [_limited(task, limits, seed) for task in arranged]
+    if repeat != 1:
+        arranged = making.repeat(arranged, repeat, seed)
+    if blur is not None:
+        arranged = making.blur(arranged, blur, seed)
+    if task_free:
+        arranged = making.without_boundaries(arranged, seed)
+    if transforms:
+        arranged = transform(arranged, transforms, seed)
+    if arranged == list(stream.tasks) and stream.fingerprint:
         return stream
-    return replace(stream, tasks=tuple(tasks), fingerprint=fingerprint(tasks))
+    return replace(stream, tasks=tuple(arranged), fingerprint=fingerprint(arranged))
 
 
-def _ordered(stream: Stream, order: Sequence[str] | None, seed: int) -> list[Task]:
+def _only(stream: Stream, names: Sequence[str]) -> Stream:
+    known = [task.name for task in stream]
+    for name in names:
+        if name not in known:
+            raise StreamError(f"tasks: {name!r} is not a task of {stream.name}.", expected=suggest(name, known))
+    chosen = tuple(task for task in stream if task.name in names)
+    if not chosen:
+        raise StreamError("tasks: none given.", expected=f"some of: {', '.join(known)}")
+    return stream if len(chosen) == len(known) else replace(stream, tasks=chosen, fingerprint=fingerprint(chosen))
+
+
+def _ordered(stream: Stream, order: Sequence[str] | str | None, seed: int) -> list[Task]:
     if order is None:
         return list(stream.tasks)
     if isinstance(order, str):
-        if order != "random":
-            raise StreamError(f"order: {order!r} given.", expected="a list of task names, or 'random'")
-        return random.Random(f"order/{seed}").sample(list(stream.tasks), len(stream))
+        if order == "random":
+            return random.Random(f"order/{seed}").sample(list(stream.tasks), len(stream))
+        if order in ("similar", "dissimilar"):
+            return making.by_similarity(stream.tasks, far=order == "dissimilar")
+        raise StreamError(
+            f"order: {order!r} given.", expected="a list of task names, 'random', 'similar' or 'dissimilar'"
+        )
     names = [task.name for task in stream]
     for name in order:
         if name not in names:
@@ -109,6 +160,7 @@ def _limited(task: Task, limits: Mapping[str, int], seed: int) -> Task:
         train=keep("train", task.train),
         validation=keep("validation", task.validation),
         test=keep("test", task.test),
+        sizes={},
     )
 
 
@@ -150,7 +202,7 @@ def _hold_out(task: Task, share: float, seed: int) -> Task:
             fix="give the task a `validation:` file, or leave validation_share out.",
         )
     kept = [position for position in range(len(task.train)) if position not in held]
-    return replace(task, train=_select(task.train, kept), validation=_select(task.train, sorted(held)))
+    return replace(task, train=_select(task.train, kept), validation=_select(task.train, sorted(held)), sizes={})
 
 
 def _image_groups(rows: Sequence[Row]) -> list[list[int]]:
@@ -183,4 +235,4 @@ def _readable(rows: Sequence[Row], position: int) -> Row | None:
 
 
 def _select(rows: Sequence[Row], positions: Sequence[int]) -> Sequence[Row]:
-    return rows.select(positions) if isinstance(rows, Rows) else Rows(rows).select(positions)
+    return making.view(rows).select(positions)

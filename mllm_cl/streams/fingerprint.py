@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mllm_cl.data.image_keys import image_key
 from mllm_cl.data.problems import RowError
 from mllm_cl.data.rows import Row, Rows
-from mllm_cl.data.validate import image_key
 from mllm_cl.streams.stream import Task
 
 _VERSION = "mllm_cl-stream-1"
@@ -52,7 +52,11 @@ def digest_rows(rows: Sequence[Row]) -> str:
 
 
 def _identity(reference: Any) -> list[Any]:
+    if isinstance(reference, Mapping) and reference.get("tiles"):
+        return ["tiles", reference.get("columns", 1), *map(_identity, reference["tiles"])]
     if isinstance(reference, Mapping) and reference.get("bytes") is None:
+        if reference.get("crop"):
+            return ["crop", list(reference["crop"]), *_identity(reference.get("path"))]
         reference = reference.get("path")
     if not isinstance(reference, (str, Path)):
         return [image_key(reference)]

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from mllm_cl.data.image_keys import image_key
 from mllm_cl.data.rows import Row, message_text, reference_answers
-from mllm_cl.data.validate import image_key
 from mllm_cl.streams.stream import Stream, Task
 
 ANSWER_FORMATS = ("yes/no", "letter", "number", "one word", "phrase", "list", "sentence")
@@ -23,8 +23,9 @@ def describe(stream: Stream) -> list[dict[str, Any]]:
 
     Keys: `task`, `metric`, `description`; `train`, `validation`, `test` (rows); `images` (distinct, over all splits);
     of the training answers (of the test answers when there is no training row) `distinct_answers`,
-    `mean_question_length` and `mean_answer_length` in characters, `answer_formats` (name -> share); of the test rows
-    `majority_answer` and `majority_share`, the share of rows that accept it: what a model without eyes can reach.
+    `question_lengths` and `answer_lengths` in characters (mean, median, 95 %, longest), `answer_formats` (name -> share);
+    of the test rows `majority_answer` and `majority_share`, the share of rows that accept it: what a model without eyes
+    can reach.
     """
     return [_describe_task(task) for task in stream]
 
@@ -98,13 +99,19 @@ def _describe_task(task: Task) -> dict[str, Any]:
         "test": len(task.test),
         "images": len(images),
         "distinct_answers": len({text.strip().casefold() for text in answers}),
-        "mean_question_length": _mean(questions),
-        "mean_answer_length": _mean([len(text) for text in answers]),
+        "question_lengths": _lengths(questions),
+        "answer_lengths": _lengths([len(text) for text in answers]),
         "answer_formats": {name: formats[name] / len(answers) for name in ANSWER_FORMATS if formats[name]},
         "majority_answer": answer,
         "majority_share": share,
     }
 
 
-def _mean(values: Sequence[int]) -> float:
-    return sum(values) / len(values) if values else 0.0
+def _lengths(values: Sequence[int]) -> dict[str, float]:
+    """Mean, median, 95th percentile (nearest rank) and maximum; zeros without values."""
+    if not values:
+        return dict.fromkeys(("mean", "median", "95 %", "longest"), 0.0)
+    ordered = sorted(values)
+    rank = -(-95 * len(ordered) // 100) - 1
+    middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+    return {"mean": sum(ordered) / len(ordered), "median": middle, "95 %": ordered[rank], "longest": ordered[-1]}

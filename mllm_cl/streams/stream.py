@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mllm_cl.data.rows import Row
@@ -20,6 +20,7 @@ class Task:
         metric (`str`, defaults to `"exact_match"`): name of a scorer.
         max_new_tokens (`int`, *optional*): longest answer to generate; the recipe's value when `None`.
         description (`str`): one line for listings.
+        sizes (`dict`, *optional*): split -> rows as published; `validate_stream` warns of another number.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Task:
     metric: str = "exact_match"
     max_new_tokens: int | None = None
     description: str = ""
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

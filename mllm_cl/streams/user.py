@@ -13,6 +13,11 @@ tasks:
     format: llava                         # optional; found out by default
     max_new_tokens: 16                    # optional
     description: "Reading number plates"  # optional
+  - name: vqa                             # one data set that becomes one task per value of a column:
+    train: vqa/train.jsonl
+    test: vqa/test.jsonl
+    split_by: category                    # tasks vqa-count, vqa-colour, ...
+    values: [count, colour]               # optional: which, in this order; by default all as they first appear
 ```
 
 Paths are relative to the file.
@@ -21,7 +26,8 @@ Paths are relative to the file.
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,12 +35,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mllm_cl.data.formats import FORMATS
-from mllm_cl.data.readers import hub_id_of, read_rows
+from mllm_cl.data.readers import hub_id_of, read_rows, read_rows_by
 from mllm_cl.data.rows import Rows
 from mllm_cl.errors import DataError, StreamError, suggest
 from mllm_cl.streams.fingerprint import fingerprint as fingerprint_of
 from mllm_cl.streams.stream import Stream, Task
 
+_FOREIGN = re.compile(r"[^A-Za-z0-9._-]+")
 TASK_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 SPLITS = ("train", "validation", "test")
 Split = Literal["train", "validation", "test"]
@@ -55,6 +62,8 @@ class TaskFile(BaseModel):
     format: str = Field("auto", description="Row format; found out from the first rows by default.")
     max_new_tokens: int | None = Field(None, ge=1, description="Longest answer to generate.")
     description: str = Field("", description="One line for listings.")
+    split_by: str | None = Field(None, min_length=1, description="Column whose values become tasks of their own.")
+    values: list[str] | None = Field(None, min_length=1, description="Values of `split_by` to keep, in this order.")
 
     @field_validator("name")
     @classmethod
@@ -105,17 +114,23 @@ def read_stream(path: str | Path, *, fingerprint: bool = True) -> Stream:
     for index, task in enumerate(content.tasks):
         folder = image_folder_of(file, content, index)
         rows = {split: open_split(file, content, index, split, folder) for split in SPLITS}
-        tasks.append(
-            Task(
-                name=task.name,
-                train=rows["train"] or (),
-                test=rows["test"] or (),
-                validation=rows["validation"] or (),
-                metric=task.metric,
-                max_new_tokens=task.max_new_tokens,
-                description=task.description,
+        for name in rows["train"]:
+            if name not in rows["test"]:
+                raise StreamError(
+                    f"{file}, tasks[{index}].test: no rows of {name!r}.",
+                    fix="add test rows of this value, or name the `values` to keep.",
+                )
+            tasks.append(
+                Task(
+                    name=name,
+                    train=rows["train"][name],
+                    test=rows["test"][name],
+                    validation=rows["validation"].get(name, ()),
+                    metric=task.metric,
+                    max_new_tokens=task.max_new_tokens,
+                    description=task.description,
+                )
             )
-        )
     return Stream(content.name, tuple(tasks), fingerprint_of(tasks) if fingerprint else "")
 
 
@@ -173,29 +188,57 @@ def image_folder_of(file: Path, stream: StreamFile, index: int) -> Path | None:
     return folder
 
 
-def open_split(file: Path, stream: StreamFile, index: int, split: Split, image_folder: Path | None) -> Rows | None:
-    """Returns the rows of one split of one task, or `None` if the task has no such split.
+def open_split(file: Path, stream: StreamFile, index: int, split: Split, image_folder: Path | None) -> dict[str, Rows]:
+    """Returns the rows of one split by task name: one task, or one per value of its `split_by` column.
+
+    Empty if there is no such split.
 
     Raises:
-        StreamError: the data file cannot be read; names the stream file and the key.
+        StreamError: the data file cannot be read or has no such column; names the stream file and the key.
     """
     task = stream.tasks[index]
     value = {"train": task.train, "validation": task.validation, "test": task.test}[split]
     if value is None:
-        return None
+        return {}
+    options: dict[str, Any] = {"format": task.format, "image_folder": image_folder, "suffix": task.instruction_suffix}
     try:
-        return read_rows(
-            _locate(file, value),
-            format=task.format,
-            image_folder=image_folder,
-            split=split,
-            suffix=task.instruction_suffix,
-            task=task.name,
-        )
+        path = _locate(file, value)
+        if task.split_by is None:
+            return {task.name: read_rows(path, split=split, task=task.name, **options)}
+        parts = read_rows_by(path, _Column(task.split_by, split), split=split, task=task.name, **options)
     except DataError as error:
         raise StreamError(
             f"{file}, tasks[{index}].{split}: {error.given}", expected=error.expected, fix=error.fix
         ) from error
+    found = {name.removesuffix(f"/{split}"): rows for name, rows in parts.items()}
+    wanted = task.values or list(found)
+    missing = [value for value in wanted if value not in found]
+    if missing or not found:
+        raise StreamError(
+            f"{file}, tasks[{index}].split_by: {value} has no rows with {task.split_by} = {', '.join(missing) or '...'}.",
+            expected=f"one of: {', '.join(found)}" if found else f"rows with a text or number in `{task.split_by}`",
+        )
+    named = {f"{task.name}-{_FOREIGN.sub('-', value)}": found[value] for value in wanted}
+    if len(named) < len(wanted):
+        raise StreamError(
+            f"{file}, tasks[{index}].split_by: two values of {task.split_by} give the same task name.",
+            expected="values that differ in letters, digits, `.`, `_` or `-`",
+        )
+    return named
+
+
+@dataclass(frozen=True)
+class _Column:
+    """`VALUE/SPLIT` of a raw row, `None` if it has no such column."""
+
+    name: str
+    split: str
+
+    def __call__(self, raw: Any) -> str | None:
+        value = raw.get(self.name) if isinstance(raw, Mapping) else None
+        if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+            return None
+        return f"{value}/{self.split}"
 
 
 def _locate(file: Path, value: str) -> str:

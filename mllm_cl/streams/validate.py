@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mllm_cl.data.problems import Problem, format_problems, problem_of
 from mllm_cl.data.rows import Row, Rows
-from mllm_cl.data.validate import ImageCheck, SplitReport, check_split
+from mllm_cl.data.validate import FULL, Checks, SplitReport, check_split
 from mllm_cl.errors import DataError, StreamError
-from mllm_cl.streams.stream import Stream
+from mllm_cl.streams.stream import Stream, Task
 from mllm_cl.streams.user import SPLITS, image_folder_of, open_split, read_stream, read_stream_file
 
-Progress = Callable[[str, int, int], None]
+BEFORE_TRAINING = Checks(images="header")
 
 
 @dataclass
@@ -24,11 +24,13 @@ class StreamReport:
         name (`str`): name of the stream; the path when it could not be read.
         counts (`dict`): task -> split -> number of rows.
         problems (`list[Problem]`): errors and warnings, task by task.
+        located (`list`): (task, split, problem) of the problems of single rows.
     """
 
     name: str
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    located: list[tuple[str, str, Problem]] = field(default_factory=list)
 
     @property
     def errors(self) -> list[Problem]:
@@ -49,23 +51,21 @@ class StreamReport:
 def validate_stream(
     stream: Stream | str | Path,
     *,
-    images: ImageCheck = "decode",
-    progress: Progress | None = None,
-    workers: int = 8,
+    checks: Checks = FULL,
 ) -> StreamReport:
     """Returns everything that is wrong with a stream; never raises because of its content.
 
     Args:
         stream (`Stream`, `str` or `Path`): the stream, or its stream file.
-        images, workers: as in `mllm_cl.data.validate.validate_rows`.
-        progress (`Callable`, *optional*): called with (`task/split`, rows done, rows).
+        checks (`Checks`, *optional*): what to do with images; progress is told as (`task/split`, rows done, rows).
     """
     if isinstance(stream, Stream):
         report = StreamReport(stream.name)
         for task in stream:
             opened = {"train": task.train, "validation": task.validation, "test": task.test}
             splits = {split: rows for split, rows in opened.items() if split != "validation" or len(rows)}
-            _check_task(report, task.name, splits, images, progress, workers)
+            _check_task(report, task.name, splits, checks)
+            report.problems += _published(task)
         return report
     report = StreamReport(str(stream))
     try:
@@ -75,45 +75,44 @@ def validate_stream(
         return report
     report.name = content.name
     for index, entry in enumerate(content.tasks):
-        splits: dict[str, Sequence[Row]] = {}
-        folder, check = None, images
+        folder, here = None, checks
         try:
             folder = image_folder_of(file, content, index)
         except StreamError as error:
             report.problems.append(_file_problem(str(file), error))
-            check = "none"  # every image would be missing
+            here = replace(checks, images="none")  # every image would be missing
+        tasks: dict[str, dict[str, Sequence[Row]]] = {}
         for split in SPLITS:
             try:
-                rows = open_split(file, content, index, split, folder)
+                opened = open_split(file, content, index, split, folder)
             except StreamError as error:
                 report.counts.setdefault(entry.name, {})[split] = 0
                 report.problems.append(_file_problem(str(file), error))
                 continue
-            if rows is not None:
-                splits[split] = rows
-        _check_task(report, entry.name, splits, check, progress, workers)
+            for name, rows in opened.items():
+                tasks.setdefault(name, {})[split] = rows
+        for name, splits in tasks.items():
+            _check_task(report, name, splits, here)
     return report
 
 
 def ensure_valid(
     stream: Stream | str | Path,
     *,
-    images: ImageCheck = "header",
-    progress: Progress | None = None,
+    checks: Checks = BEFORE_TRAINING,
     first: int = 20,
 ) -> Stream:
     """Returns the stream if it has no errors; what training calls before it starts.
 
     Args:
         stream (`Stream`, `str` or `Path`): the stream, or its stream file.
-        images (`str`, defaults to `"header"`): images are opened but not decoded, a compromise for large streams.
-        progress (`Callable`, *optional*): as in `validate_stream`.
+        checks (`Checks`, *optional*): by default images are opened but not decoded, a compromise for large streams.
         first (`int`, defaults to 20): how many errors to name.
 
     Raises:
         StreamError: there are errors; names the first of them and how many there are.
     """
-    report = validate_stream(stream, images=images, progress=progress)
+    report = validate_stream(stream, checks=checks)
     errors = report.errors
     if errors:
         noun = "problem" if len(errors) == 1 else "problems"
@@ -133,26 +132,35 @@ def _check_task(
     report: StreamReport,
     task: str,
     splits: dict[str, Sequence[Row]],
-    images: ImageCheck,
-    progress: Progress | None,
-    workers: int,
+    checks: Checks,
 ) -> None:
     counts = report.counts.setdefault(task, {})
     checked: dict[str, SplitReport] = {}
     for split, rows in splits.items():
         name = f"{task}/{split}"
-        tell = None if progress is None else _named(progress, name)
-        checked[split] = check_split(rows, split=split, name=name, images=images, progress=tell, workers=workers)
+        checked[split] = check_split(rows, split=split, name=name, checks=checks)
         counts[split] = checked[split].rows
         report.problems += checked[split].problems
+        report.located += [
+            (task, split, problem) for problem in checked[split].problems if problem.position is not None
+        ]
     names = list(checked)
     for number, split in enumerate(names):
         for other in names[number + 1 :]:
             report.problems += _shared(task, split, other, checked, splits)
 
 
-def _named(progress: Progress, name: str) -> Callable[[int, int], None]:
-    return lambda done, total: progress(name, done, total)
+def _published(task: Task) -> list[Problem]:
+    """Warns of splits that have another number of rows than their authors published."""
+    problems = []
+    for split, count in task.sizes.items():
+        rows: Sequence[Row] = {"train": task.train, "validation": task.validation, "test": task.test}[split]
+        if len(rows) and len(rows) != count:
+            place = (rows.origin if isinstance(rows, Rows) else None) or f"{task.name}/{split}"
+            message = f"{len(rows)} {split} rows, but {task.name} was published with {count}."
+            fix = "compare results only with runs on the same rows; prepare the data again if rows are missing."
+            problems.append(Problem(place, None, None, "row_count", message, fix, severity="warning"))
+    return problems
 
 
 def _shared(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from mllm_cl.data.collate import IGNORED, JOINER, Collator, plain_text
 from mllm_cl.data.rows import assistant_message, inquiry_of, text_block, user_message
 from mllm_cl.errors import DataError
+from mllm_cl.model_section import InputSettings
 from mllm_cl.models.tiny import ASSISTANT, BOS, EOS, IMAGE, USER
 
 PATCHES = 16  # image tokens of a 32 x 32 picture
@@ -167,11 +169,68 @@ def test_rows_are_left_as_they_were(processor, make_row):
     assert repr(row) == before
 
 
-def test_a_row_that_is_too_long_is_named(processor, make_row):
+@pytest.fixture
+def limited(processor):
+    """Returns a function that makes a collator whose processor carries these settings."""
+
+    def make(**settings):
+        own = copy.copy(processor)
+        InputSettings(**settings).attach_to(own)
+        return Collator(own)
+
+    return make
+
+
+def test_a_row_that_is_too_long_is_named(limited, make_row):
     rows = [make_row("short", "?", "x", None), make_row("long", "?" * 50, "x", None)]
-    with pytest.raises(DataError, match=r"row long: \d+ tokens .* takes 20"):
-        Collator(processor, max_length=20)(rows)
-    Collator(processor, max_length=200)(rows)
+    with pytest.raises(DataError, match=r"row long: \d+ tokens .*max_length is 20") as caught:
+        limited(max_length=20)(rows)
+    assert "raise model.max_length" in str(caught.value)
+    assert "model.truncate: true" in str(caught.value)
+    limited(max_length=200)(rows)
+    with pytest.raises(DataError, match="max_length is 20"):
+        limited(max_length=20).with_rows(rows)
+
+
+def test_truncation_cuts_text_only(limited, processor, make_row):
+    row = make_row("long", "?", "a photo of a cat " * 4)
+    whole = Collator(processor)([row])
+    kept = whole["input_ids"].shape[1] - 5
+    cut = limited(max_length=kept, truncate=True)([row, make_row("short", "?", "x")])
+    assert cut["input_ids"].shape == (2, kept)
+    for name in ("input_ids", "labels", "attention_mask"):
+        assert torch.equal(cut[name][0], whole[name][0, :kept])
+    assert cut["pixel_values"].shape == (2, 3, 32, 32)
+
+
+def test_a_cut_through_image_tokens_is_refused(limited, make_row):
+    rows = [make_row("plates/1", "?", "x", None), make_row("plates/2", "?", "x")]
+    with pytest.raises(DataError, match=r"row plates/2: \d+ tokens; a cut at model.max_length = 10 would go through"):
+        limited(max_length=10, truncate=True)(rows)
+    with pytest.raises(DataError, match="leave nothing of its answer") as caught:
+        limited(max_length=20, truncate=True)([make_row("plates/3", "What is this? " * 3, "x")])
+    assert "set model.max_length to at least" in str(caught.value)
+
+
+def test_generation_is_not_limited(limited, processor, make_row):
+    row = make_row("long", "?" * 50, "x", None)
+    own = limited(max_length=20).processor
+    assert shown(Collator(own, for_generation=True)([row])) == shown(Collator(processor, for_generation=True)([row]))
+
+
+@pytest.mark.parametrize("for_generation", [False, True])
+def test_image_modes_hold_for_training_and_evaluation(processor, make_row, for_generation):
+    wide = Image.new("RGB", (64, 32), (250, 10, 10))
+    wide.paste((10, 250, 10), (16, 0, 48, 32))
+    row = {**make_row("a", "?", "x"), "images": [wide]}
+    own, pixels = copy.copy(processor), {}
+    for mode in ("native", "pad", "crop"):
+        InputSettings(image_mode=mode).attach_to(own)
+        pixels[mode] = Collator(own, for_generation=for_generation)([row])["pixel_values"][0]
+    green = Image.new("RGB", (32, 32), (10, 250, 10))
+    assert torch.equal(pixels["crop"], Collator(processor)([{**row, "images": [green]}])["pixel_values"][0])
+    assert pixels["pad"][:, :4].abs().max() < 0.02  # the rows above the picture have the colour that becomes zero
+    assert not torch.equal(pixels["pad"], pixels["native"])
 
 
 def test_ignored_rows_have_no_labels(processor, make_row):

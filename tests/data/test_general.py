@@ -30,16 +30,6 @@ def fingerprint(rows) -> str:
     return digest.hexdigest()
 
 
-def overlaps(one: str, other: str) -> bool:
-    """True if two sources are the same image or crops of a photograph that share pixels."""
-    if not (one.startswith("photo:") and other.startswith("photo:")):
-        return one == other
-    (_, name, box), (_, other_name, other_box) = one.split(":"), other.split(":")
-    x, y, w, h = map(int, box.split(","))
-    u, v, k, m = map(int, other_box.split(","))
-    return name == other_name and x < u + k and u < x + w and y < v + m and v < y + h
-
-
 @pytest.fixture(scope="module")
 def splits():
     return {
@@ -72,10 +62,10 @@ def test_rows_follow_the_contract(splits):
                 assert load_image(reference).size == (32, 32)
 
 
-def test_splits_share_no_source_image(splits):
-    seen = {split: {source for row in rows for source in row["source"].split()} for split, rows in splits.items()}
+def test_splits_share_no_source_image(splits, sources_of, common_sources):
+    seen = {split: sources_of(rows) for split, rows in splits.items()}
     for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
-        assert not [(a, b) for a in seen[one] for b in seen[other] if overlaps(a, b)]
+        assert not common_sources(seen[one], seen[other])
     fonts = {split: {source.split(":")[1] for source in seen[split] if source.startswith("glyph:")} for split in seen}
     assert not fonts["train"] & fonts["test"]
 
@@ -109,12 +99,11 @@ def test_the_same_picture_gets_different_questions():
             assert len({question.kind for question in questions}) >= 3
 
 
-def test_inquiries_have_no_answers_and_some_no_image():
+def test_inquiries_have_no_answers_and_some_no_image(sources_of, common_sources):
     rows = general_inquiries(64)
     assert not any(is_answered(row) or "answers" in row for row in rows)
     assert {len(row["images"]) for row in rows} >= {0, 1}
-    test = {source for row in general_rows("test") for source in row["source"].split()}
-    assert not [(a, b) for row in rows for a in row["source"].split() for b in test if overlaps(a, b)]
+    assert not common_sources(sources_of(rows), sources_of(general_rows("test")))
 
 
 def test_rows_are_the_same_in_every_process_and_differ_by_seed():

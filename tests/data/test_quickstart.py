@@ -25,19 +25,6 @@ def tasks():
     return build()
 
 
-def overlaps(one: str, other: str) -> bool:
-    if not (one.startswith("photo:") and other.startswith("photo:")):
-        return one == other
-    (_, name, box), (_, other_name, other_box) = one.split(":"), other.split(":")
-    x, y, w, h = map(int, box.split(","))
-    u, v, k, m = map(int, other_box.split(","))
-    return name == other_name and x < u + k and u < x + w and y < v + m and v < y + h
-
-
-def sources_of(rows) -> set[str]:
-    return {source for row in rows for source in row["source"].split()}
-
-
 def test_at_least_six_tasks_in_order_with_the_stated_sizes(tasks):
     assert [task["name"] for task in tasks] == list(QUICKSTART_TASKS)
     assert len(tasks) >= 6
@@ -58,18 +45,18 @@ def test_rows_follow_the_contract(tasks):
                 assert load_image(row["images"][0]).size == (32, 32)
 
 
-def test_splits_share_no_source_image(tasks):
+def test_splits_share_no_source_image(tasks, sources_of, common_sources):
     for one, other in (("train", "validation"), ("train", "test"), ("validation", "test")):
         # over all tasks together: the digits of one task's test are in no task's training either
         first = set().union(*(sources_of(task[one]) for task in tasks))
         second = set().union(*(sources_of(task[other]) for task in tasks))
-        assert not [(a, b) for a in first for b in second if overlaps(a, b)]
+        assert not common_sources(first, second)
 
 
-def test_nothing_is_shared_with_the_general_mixture(tasks):
+def test_nothing_is_shared_with_the_general_mixture(tasks, sources_of, common_sources):
     general = sources_of(general_rows("train", size=3000)) | sources_of(general_rows("test"))
     stream = set().union(*(sources_of(task[split]) for task in tasks for split in SPLITS))
-    assert not [(a, b) for a in general for b in stream if overlaps(a, b)]
+    assert not common_sources(general, stream)
     fonts = {source.split(":")[1] for source in general if source.startswith("glyph:")}
     assert not fonts & {source.split(":")[1] for source in stream if source.startswith("glyph:")}
 

@@ -27,7 +27,9 @@ def test_splits_have_their_sizes_and_share_no_font_or_tile(name):
         assert not images["train"] & images["test"]
         assert not images["train"] & images["validation"]
         if name == "study-letters":  # glyph:FONT:LETTER
-            fonts = {split: {s.split(":")[1] for r in rows for s in r["source"].split()} for split, rows in parts.items()}
+            fonts = {
+                split: {s.split(":")[1] for r in rows for s in r["source"].split()} for split, rows in parts.items()
+            }
             assert not fonts["train"] & fonts["test"]
             assert not fonts["train"] & fonts["validation"]
 

@@ -14,7 +14,7 @@ from PIL import Image
 from mllm_cl.data.problems import Problem, format_problems
 from mllm_cl.data.readers import read_rows
 from mllm_cl.data.rows import assistant_message, user_message
-from mllm_cl.data.validate import validate_file, validate_rows
+from mllm_cl.data.validate import Checks, validate_file, validate_rows
 
 
 def talk(*values: str) -> list[dict[str, str]]:
@@ -68,7 +68,7 @@ MISTAKES = [  # split, row, kind, part of the message, part of the fix
 
 @pytest.mark.parametrize(("split", "bad", "kind", "message", "fix"), MISTAKES)
 def test_each_mistake_is_found(split: str, bad: Any, kind: str, message: str, fix: str) -> None:
-    problems = validate_rows([row(id="0"), bad], split=split, name="mine", images="none")
+    problems = validate_rows([row(id="0"), bad], split=split, name="mine", checks=Checks(images="none"))
     found = [problem for problem in problems if problem.kind == kind]
     assert found, problems
     assert (found[0].file, found[0].row, found[0].severity) == ("mine", 2, "error")
@@ -139,9 +139,9 @@ def test_how_far_images_are_checked(folder: Path, check: Any, names: str) -> Non
     path = folder / "rows.json"
     path.write_text(json.dumps(rows))
     seen = []
-    problems = validate_rows(read_rows(path), images=check, progress=lambda done, total: seen.append((done, total)))
+    problems = validate_rows(read_rows(path), checks=Checks(images=check, progress=lambda *told: seen.append(told)))
     assert [problem.id for problem in problems if problem.severity == "error"] == list(names)
-    assert seen == [(8, 8)]
+    assert seen == [("rows", 8, 8)]
 
 
 def test_embedded_images_are_checked(folder: Path) -> None:

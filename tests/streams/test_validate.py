@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from mllm_cl.data.problems import format_problems
+from mllm_cl.data.validate import Checks
 from mllm_cl.errors import StreamError
 from mllm_cl.streams import Stream, Task, ensure_valid, read_stream, validate_stream
 
@@ -36,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_good_stream(folder: Path) -> None:
     seen = []
-    report = validate_stream(folder, progress=lambda *place: seen.append(place))
+    report = validate_stream(folder, checks=Checks(progress=lambda *place: seen.append(place)))
     assert (report.name, report.problems, report.is_valid) == ("s", [], True)
     assert report.counts == {"plates": {"train": 2, "test": 1}}
     assert seen == [("plates/train", 2, 2), ("plates/test", 1, 1)]
