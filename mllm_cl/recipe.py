@@ -15,39 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from mllm_cl.errors import RecipeError, suggest
-
-
-class Section(BaseModel):
-    """A part of the recipe; frozen, unknown keys forbidden."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True)
-
-
-class ModelSection(Section):
-    """Which model learns, and where its adapters go."""
-
-    name_or_path: str = Field(default="tiny-llava", description="`tiny-llava` (built in), a Hub id or a local folder")
-    revision: str | None = Field(default=None, description="branch, tag or commit of a Hub id")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="dtype of the base weights"
-    )
-    trust_remote_code: bool = Field(default=False, description="run code that comes with the checkpoint")
-    lora: dict[str, Any] = Field(
-        default_factory=lambda: {"r": 8, "lora_alpha": 16}, description="passed to peft.LoraConfig"
-    )
-    adapters: Literal["one", "stacked"] | None = Field(
-        default=None,
-        description="one continued adapter, or a fresh one per task added to the consolidated adapter; "
-        "what the methods need when not given",
-    )
-    max_rank: int | None = Field(
-        default=None, ge=1, description="rank of the consolidated adapter after recompression; 4 x r when not given"
-    )
-    train_bridge: bool = Field(default=False, description="put LoRA on the vision-language bridge too")
-    train_vision: bool = Field(default=False, description="put LoRA on the vision tower too")
+from mllm_cl.model_section import ModelSection, Section
 
 
 class StreamSection(Section):
@@ -55,8 +26,14 @@ class StreamSection(Section):
 
     name: str | None = Field(default=None, description="a built-in stream: see `mllm-cl data list`")
     path: str | None = Field(default=None, description="a stream.yaml of your own")
-    order: list[str] | Literal["random"] | None = Field(
-        default=None, description="task names, or `random` (uses `seed`)"
+    root: str | None = Field(
+        default=None,
+        description="folder of a public benchmark's data; `$MLLM_CL_DATA/NAME` or `data/NAME` when not given",
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="options of the builder; see `mllm-cl data show`")
+    tasks: list[str] | None = Field(default=None, description="only these tasks; all when not given")
+    order: list[str] | Literal["random", "similar", "dissimilar"] | None = Field(
+        default=None, description="task names; `random` (uses `seed`); `similar`, `dissimilar`: by their questions"
     )
     limit: int | dict[Literal["train", "validation", "test"], int] | None = Field(
         default=None, description="rows per task and split, drawn with `seed`"
@@ -64,7 +41,25 @@ class StreamSection(Section):
     validation_share: float | None = Field(
         default=None, gt=0, lt=1, description="share of train rows held out when none is given"
     )
-    seed: int = Field(default=0, description="seed of order, limit and validation share")
+    seed: int = Field(default=0, description="seed of order, limit, validation share and everything below")
+    exclude: str | None = Field(
+        default=None, description="list of rows to leave out, written by `mllm-cl data validate --drop-bad`"
+    )
+    merge: dict[str, list[str] | dict[str, float]] = Field(
+        default_factory=dict, description="new name: tasks, or task: share of its rows, that are learnt as one"
+    )
+    repeat: int | dict[str, int] = Field(
+        default=1, description="appearances of every task, or per task; its training rows are divided among them"
+    )
+    blur: float | None = Field(
+        default=None, gt=0, lt=1, description="share of each task's train rows that is learnt with its neighbours"
+    )
+    task_free: bool = Field(
+        default=False, description="cut the train rows into segments that do not end where tasks end"
+    )
+    transforms: list[dict[str, Any]] = Field(
+        default_factory=list, description="`answer_styles` and `rewrite_instructions` of the train rows, in this order"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> StreamSection:
@@ -88,6 +83,9 @@ class EvaluationSection(Section):
         default="test", description="choose settings on validation, report on test"
     )
     stage_zero: bool = Field(default=True, description="measure the untouched model first")
+    drift: int = Field(
+        default=32, ge=0, description="open inquiries for feature shift and format collapse at every stage; 0: none"
+    )
     num_workers: int | Literal["auto"] = Field(default="auto", description="processes that decode images")
 
     @field_validator("batch_size")
@@ -98,11 +96,47 @@ class EvaluationSection(Section):
         return value
 
 
+class BudgetSection(Section):
+    """What a method may cost at most; every run of a comparison gets the same."""
+
+    kind: Literal["trainable_parameters", "stored_bytes"] = Field(
+        description="`trainable_parameters` of the first task (the largest rank that fits is required), or `stored_bytes` "
+        "of a stage (adapters and method states)"
+    )
+    value: int = Field(ge=1, description="how much of it")
+
+
 class MethodSpec(Section):
     """One entry of `methods`: the method's name and its options."""
 
     name: str
     options: dict[str, Any] = Field(default_factory=dict)
+
+
+class HubSection(Section):
+    """Whether and where the stages are published. A token never stands here: `hf auth login`, or `HF_TOKEN`."""
+
+    push: bool = Field(default=False, description="push every stage to the Hub once it is measured")
+    repo_id: str | None = Field(
+        default=None, pattern=r"^[\w.-]+/[\w.-]+$", description="repository on the Hub, `owner/name`"
+    )
+    private: bool = Field(default=False, description="make the repository private")
+    base_model: str | None = Field(
+        default=None, description="Hub id of the base model, where `model.name_or_path` is a folder of this machine"
+    )
+    license: str | None = Field(
+        default=None, description="licence of the adapter, as the Hub names it: apache-2.0, mit"
+    )
+    datasets: dict[str, str] = Field(
+        default_factory=dict,
+        description="task or general benchmark: its data set on the Hub, `owner/name` or `owner/name:task_id`",
+    )
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> HubSection:
+        if self.push and self.repo_id is None:
+            raise ValueError("`push: true` needs `repo_id: owner/name`")
+        return self
 
 
 class Recipe(Section):
@@ -115,7 +149,9 @@ class Recipe(Section):
     stream: StreamSection
     methods: list[MethodSpec] = Field(default_factory=list, description="methods in this order; `finetune` when empty")
     training: dict[str, Any] = Field(default_factory=dict, description="passed to transformers.TrainingArguments")
+    budget: BudgetSection | None = Field(default=None, description="`{kind, value}`: refuse what costs more")
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
+    hub: HubSection = Field(default_factory=HubSection)
 
     @field_validator("name")
     @classmethod
@@ -135,8 +171,9 @@ class Recipe(Section):
 
     @property
     def sha256(self) -> str:
-        """Hash of what was asked for; `name`, `output_dir` and `stream.path` (a stream is known by its rows) left out."""
-        content = self.model_dump(mode="json", exclude={"output_dir": True, "name": True, "stream": {"path"}})
+        """Hash of what was asked for; where things lie and what they are called is left out (a stream is known by its rows)."""
+        left_out: Any = {"output_dir": True, "name": True, "hub": True, "stream": {"path", "root"}}
+        content = self.model_dump(mode="json", exclude=left_out)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:

@@ -1,9 +1,24 @@
-"""`mllm-cl doctor`: versions, devices, optional parts, and what will and will not work here."""
+"""`mllm-cl doctor [RECIPE]`: versions, devices, optional parts, what will and will not work here, and the memory of a recipe."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-def doctor() -> None:
+import typer
+
+if TYPE_CHECKING:
+    from mllm_cl.cli.environment import Check
+
+
+def doctor(
+    recipe: Annotated[
+        Path | None, typer.Argument(help="Say also whether this recipe can run here, and estimate its memory.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Settings that win over the file's.")
+    ] = None,
+) -> None:
     """Check this machine: versions, devices, optional parts, and what will and will not work."""
     from mllm_cl.cli.display import make_progress, say, show_table
     from mllm_cl.cli.environment import check_environment
@@ -11,7 +26,7 @@ def doctor() -> None:
 
     with make_progress() as progress, progress.waiting("looking at this machine"):
         checks = check_environment()
-    show_table([["what", "state", "found", "meaning"], *([c.name, c.state, c.found, c.meaning] for c in checks)])
+    _show(checks)
     broken = [check for check in checks if check.state == "broken"]
     if broken:
         raise MllmClError(
@@ -20,3 +35,19 @@ def doctor() -> None:
         )
     warned = sum(check.state == "warning" for check in checks)
     say("everything required works" + (f"; {warned} warning(s), see above." if warned else "."))
+    if recipe is None:
+        return
+    from mllm_cl.cli.recipe_check import check_recipe
+
+    with make_progress() as progress, progress.waiting("estimating the memory"):
+        parts, verdict = check_recipe(recipe, overrides or ())
+    show_table([["memory", "estimate", "what it is"], *parts])
+    say(verdict.found + (f"; {verdict.meaning}" if verdict.meaning else ""))
+    if verdict.state == "broken":
+        raise MllmClError(f"{recipe}: {verdict.found}.", fix=verdict.meaning)
+
+
+def _show(checks: list[Check]) -> None:
+    from mllm_cl.cli.display import show_table
+
+    show_table([["what", "state", "found", "meaning"], *([c.name, c.state, c.found, c.meaning] for c in checks)])

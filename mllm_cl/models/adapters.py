@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -27,6 +26,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mllm_cl.errors import ModelError
+from mllm_cl.models.gather import full_shape, full_tensor, write_full
+from mllm_cl.models.lora_folders import plain_config, read_lora_folder
 from mllm_cl.spectral import LowRankDelta
 
 DEFAULT, TASK, PREVIOUS = "default", "task", "previous"
@@ -59,9 +60,11 @@ def factors(layer: LoraLayer, name: str) -> tuple[nn.Linear, nn.Linear]:
 def add_adapter(model: PreTrainedModel | PeftModel, name: str, config: LoraConfig, seed: int) -> PeftModel:
     """Adds an adapter whose random initialisation depends on `seed` alone, frozen and inactive.
 
-    A plain model is wrapped by PEFT first. Returns the `PeftModel`.
+    A plain model is wrapped by PEFT first. What an earlier adapter trains goes on being trained. Returns the
+    `PeftModel`.
     """
     config = copy.deepcopy(config)
+    trained = [p for p in model.parameters() if p.requires_grad] if isinstance(model, PeftModel) else []
     with _seeded(model, seed), warnings.catch_warnings():
         # PEFT still reads the old name of an attribute that transformers has renamed
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
@@ -72,7 +75,9 @@ def add_adapter(model: PreTrainedModel | PeftModel, name: str, config: LoraConfi
             active = []
             model = get_peft_model(model, config, adapter_name=name)
     set_active(model, active)
-    set_trainable(model, [])
+    model.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
     return model
 
 
@@ -165,8 +170,29 @@ def adapter_deltas(model: PeftModel, name: str) -> dict[str, LowRankDelta]:
     for module, layer in lora_layers(model):
         if name in layer.lora_A:
             lora_a, lora_b = factors(layer, name)
-            deltas[module] = LowRankDelta.from_lora(lora_a.weight.detach(), lora_b.weight.detach(), layer.scaling[name])
+            deltas[module] = LowRankDelta.from_lora(
+                full_tensor(lora_a.weight), full_tensor(lora_b.weight), layer.scaling[name]
+            )
     return deltas
+
+
+def lora_factors(model: PeftModel, name: str) -> dict[str, Tensor]:
+    """Returns copies of an adapter's factors, scaling included: `module/A` (rank, in) and `module/B` (out, rank)."""
+    copies = {}
+    for module, layer in lora_layers(model):
+        if name in layer.lora_A:
+            lora_a, lora_b = factors(layer, name)
+            copies[f"{module}/A"] = full_tensor(lora_a.weight).clone()
+            copies[f"{module}/B"] = full_tensor(lora_b.weight) * layer.scaling[name]
+    return copies
+
+
+def clear_adapter(model: PeftModel, name: str) -> None:
+    """Sets the update of an adapter to zero, in place (B = 0)."""
+    with torch.no_grad():
+        for _, layer in lora_layers(model):
+            if name in layer.lora_B:
+                factors(layer, name)[1].weight.zero_()
 
 
 def write_deltas(model: PeftModel, name: str, deltas: Mapping[str, LowRankDelta], rank: int) -> None:
@@ -180,27 +206,13 @@ def write_deltas(model: PeftModel, name: str, deltas: Mapping[str, LowRankDelta]
     set_active(model, [*current, name])
 
 
-def plain_config(config: Any, rank: int) -> LoraConfig:
-    """Returns the configuration of a plain LoRA on the same modules: one rank, scaling 1, usual initialisation."""
-    return LoraConfig(
-        r=rank,
-        lora_alpha=rank,
-        lora_dropout=0.0,
-        target_modules=config.target_modules,
-        exclude_modules=config.exclude_modules,
-        layers_to_transform=config.layers_to_transform,
-        layers_pattern=config.layers_pattern,
-        fan_in_fan_out=config.fan_in_fan_out,
-    )
-
-
 def adapter_state(model: PeftModel, name: str) -> dict[str, Tensor]:
     """Returns the tensors of an adapter under the names that PEFT uses in its files."""
     state = {}
     for module, layer in lora_layers(model):
         if name in layer.lora_A:
             for kind, factor in zip(("lora_A", "lora_B"), factors(layer, name)):
-                state[_key(module, kind)] = factor.weight.detach().cpu().contiguous().clone()
+                state[_key(module, kind)] = full_tensor(factor.weight).cpu().contiguous().clone()
     return state
 
 
@@ -224,7 +236,7 @@ def load_adapter_state(model: PeftModel, name: str, state: Mapping[str, Tensor],
     with torch.no_grad():
         for module, layer in lora_layers(model):
             for kind, factor in zip(("lora_A", "lora_B"), factors(layer, name)):
-                factor.weight.copy_(state[_key(module, kind)])
+                write_full(factor.weight, state[_key(module, kind)])
 
 
 def _key(module: str, kind: str) -> str:
@@ -256,20 +268,7 @@ def load_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str) ->
     Raises:
         ModelError: the folder is not a LoRA folder or belongs to another base model.
     """
-    try:
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        state = load_file(folder / "adapter_model.safetensors")
-        kind = settings.get("peft_type")
-        config = LoraConfig.from_pretrained(str(folder)) if kind == "LORA" else None
-    except FileNotFoundError as error:
-        raise ModelError(
-            f"{folder}: not an adapter folder ({Path(error.filename or '').name} is missing).",
-            expected="adapter_config.json and adapter_model.safetensors",
-        ) from error
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise ModelError(f"{folder}: the adapter cannot be read ({error}).", fix="save it again.") from error
-    if not isinstance(config, LoraConfig):
-        raise ModelError(f"{folder}: holds a {kind} adapter.", expected="LORA")
+    config, state = read_lora_folder(folder)
     if isinstance(model, PeftModel) and name in adapter_names(model):
         remove_adapter(model, name)
     try:
@@ -311,9 +310,9 @@ def write_update(model: PeftModel, name: str, deltas: Mapping[str, LowRankDelta]
     with torch.no_grad():
         for module, layer in lora_layers(model):
             own_a, own_b = factors(layer, name)
-            lora_a, lora_b = deltas[module].to_lora(own_a.weight.shape[0])
-            own_a.weight.copy_(lora_a)
-            own_b.weight.copy_(lora_b / layer.scaling[name])
+            lora_a, lora_b = deltas[module].to_lora(full_shape(own_a.weight)[0])
+            write_full(own_a.weight, lora_a)
+            write_full(own_b.weight, lora_b / layer.scaling[name])
 
 
 def read_state(folder: Path) -> dict[str, Tensor]:

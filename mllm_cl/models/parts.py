@@ -1,7 +1,8 @@
 """Finds the parts of an image-text model without knowing it by name: decoder, vision tower, bridge.
 
 The decoder and the vision tower come from the accessors of transformers; their dotted names from identity over
-`named_modules()`. The bridge is what lies beside them in the same parent and has parameters.
+`named_modules()`. The bridge is what lies beside them in the same parent and has parameters; where there is nothing, it is
+the part of the vision tower whose output is as wide as the decoder.
 """
 
 from __future__ import annotations
@@ -48,7 +49,30 @@ def bridge_names(model: PreTrainedModel) -> list[str]:
     prefix = f"{parent}." if parent else ""
     children = model.get_submodule(parent).named_children()
     names = [f"{prefix}{name}" for name, child in children if next(child.parameters(), None) is not None]
-    return [name for name in names if name not in (decoder, vision) and not vision.startswith(f"{name}.")]
+    beside = [name for name in names if name not in (decoder, vision) and not vision.startswith(f"{name}.")]
+    return beside or _inner_bridge(model, vision)
+
+
+def _inner_bridge(model: PreTrainedModel, vision: str) -> list[str]:
+    """The bridge of a model that keeps it inside the vision tower: what ends with the decoder's width there, the stack of
+    layers (its largest part) left out."""
+    width = model.config.get_text_config().hidden_size
+    children = dict(model.get_submodule(vision).named_children())
+    sizes = {name: sum(parameter.numel() for parameter in child.parameters()) for name, child in children.items()}
+    stack = max(sizes, key=sizes.__getitem__)
+    found = []
+    for name, child in children.items():
+        linears = [module for module in child.modules() if isinstance(module, nn.Linear)]
+        if name != stack and linears and linears[-1].out_features == width:
+            found.append(f"{vision}.{name}")
+    return found
+
+
+def part_names(model: PreTrainedModel) -> dict[str, list[str]]:
+    """Returns the dotted names of bridge and vision tower, in the order in which they are to be matched: a bridge may lie
+    inside the vision tower. What is in neither is the language part."""
+    vision = vision_name(model)
+    return {"bridge": bridge_names(model), "vision": [] if vision is None else [vision]}
 
 
 def linear_names(model: nn.Module, prefix: str) -> list[str]:
@@ -73,14 +97,21 @@ def lora_targets(model: PreTrainedModel, *, bridge: bool = False, vision: bool =
         parts = bridge_names(model)
         if not parts:
             raise ModelError(f"{type(model).__name__}: no bridge was found.", fix="set `model.train_bridge: false`.")
-        names += [name for part in parts for name in linear_names(model, part)]
+        found = [name for part in parts for name in linear_names(model, part)]
+        if not found:
+            raise ModelError(
+                f"{type(model).__name__}: its bridge ({', '.join(parts)}) has no linear layer to put LoRA on.",
+                fix="set `model.train_bridge: false`.",
+            )
+        names += found
     if vision:
         tower = vision_name(model)
         if tower is None:
             raise ModelError(
                 f"{type(model).__name__}: no vision tower was found.", fix="set `model.train_vision: false`."
             )
-        names += linear_names(model, tower)
+        inner = [f"{part}." for part in bridge_names(model)]
+        names += [name for name in linear_names(model, tower) if not name.startswith(tuple(inner)) or name in names]
     if not names:
         raise ModelError(f"{type(model).__name__}: its language part has no linear layer to put LoRA on.")
     patterns = sorted({re.sub(r"\\\.\d+(?=\\\.|$)", r"\\.\\d+", re.escape(name)) for name in names})

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from mllm_cl.data.collate import Collator
 from mllm_cl.errors import ModelError
 from mllm_cl.models import adapters, load
 from mllm_cl.models.parts import lora_targets
@@ -36,13 +37,24 @@ def test_what_cannot_be_loaded_is_explained(tmp_path, fixture_folder):
         load.load_model(str(tmp_path / "torn"))
 
 
-def test_templates_without_generation_markers_are_refused(tmp_path, fixture_folder):
+def test_templates_without_generation_markers_are_fine(tmp_path, fixture_folder, make_row):
     shutil.copytree(fixture_folder, tmp_path / "model")
     template = tmp_path / "model" / "chat_template.jinja"
-    text = template.read_text().replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
-    template.write_text(text)
-    with pytest.raises(ModelError, match="no generation markers"):
+    text = template.read_text()
+    template.write_text(text.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", ""))
+    assert template.read_text() != text
+    unmarked, marked = (load.load_model(str(folder))[1] for folder in (tmp_path / "model", fixture_folder))
+    rows = [make_row("a", "What is this?", "a photo of a cat")]
+    assert torch.equal(Collator(unmarked)(rows)["labels"], Collator(marked)(rows)["labels"])
+
+
+def test_a_model_without_a_chat_template_is_refused(tmp_path, fixture_folder):
+    shutil.copytree(fixture_folder, tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    with pytest.raises(ModelError, match="no chat template"):
         load.load_model(str(tmp_path / "model"))
+    _, processor = load.load_model(str(tmp_path / "model"), prompt_profile="llava_v1")
+    assert processor.chat_template
 
 
 def test_the_fingerprint_is_that_of_the_base(fresh):

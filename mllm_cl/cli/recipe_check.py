@@ -1,0 +1,77 @@
+"""What `mllm-cl doctor RECIPE` says of a recipe: whether it can run here, and what memory it needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from mllm_cl.cli.environment import Check
+
+_OF_A_TASK = 256  # rows of each task whose length is looked at
+_MEANING = {
+    "libraries": "python and the libraries, where the device holds them",
+    "weights": "the base model",
+    "adapters": "all adapters that exist while a task is learnt",
+    "methods": "copies that methods keep for reference",
+    "gradients": "of what is trained",
+    "optimizer": "states of the optimizer",
+    "activations": "peak of one training step, companions of the methods included",
+    "evaluation": "peak of one generation batch; not at the same time as training",
+}
+
+
+def check_recipe(path: Path, overrides: Sequence[str]) -> tuple[list[list[str]], Check]:
+    """Returns the parts of the memory estimate as lines of a table, and whether they fit.
+
+    Raises:
+        MllmClError: the recipe is refused; the message says why, and what works instead.
+    """
+    from mllm_cl.recipe import load_recipe
+    from mllm_cl.streams import stream_of_section
+    from mllm_cl.training.arguments import runs_on_cpu
+    from mllm_cl.training.capabilities import build_methods, check_stream
+    from mllm_cl.training.memory import estimate_memory, readable
+
+    recipe = load_recipe(path, overrides)
+    methods = build_methods(recipe)
+    stream = stream_of_section(recipe.stream)
+    check_stream(recipe, stream)
+    on_cpu = runs_on_cpu(recipe.training)
+    train = [row for task in stream for row in task.train[:_OF_A_TASK]]
+    test = [row for task in stream for row in task.test[:_OF_A_TASK]]
+    estimate = estimate_memory(recipe, methods, train, test, libraries=resident_bytes() if on_cpu else 0)
+    parts = [[name, readable(getattr(estimate, name)), meaning] for name, meaning in _MEANING.items()]
+    parts.append(["peak", readable(estimate.total), f"{estimate.rows} rows of up to {estimate.length} tokens"])
+    free, where = (free_bytes(), "of memory are free") if on_cpu else (device_bytes(), "on the device")
+    found_text = f"needs about {readable(estimate.total)}, {readable(free)} {where}"
+    if estimate.total <= free:
+        return parts, Check(str(path), "ok", found_text)
+    fix = (
+        "smaller training.per_device_train_batch_size with training.gradient_accumulation_steps, "
+        "training.activation_checkpointing: true, model.dtype: bfloat16, or model.quantization: 4bit"
+    )
+    return parts, Check(str(path), "broken", f"{found_text}, so it does not fit", fix)
+
+
+def resident_bytes() -> int:
+    """Returns what this process holds in memory now; 0 where the system does not say."""
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if status.exists() else 0
+
+
+def free_bytes() -> int:
+    """Returns the memory of the machine that is free for a new process."""
+    memory = Path("/proc/meminfo")
+    if memory.exists():
+        for line in memory.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def device_bytes() -> int:
+    """Returns the free memory of the first accelerator."""
+    import torch
+
+    return torch.accelerator.get_memory_info(0)[0]

@@ -1,0 +1,130 @@
+"""What does not work is refused before any weight is loaded, with what to do instead."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+from mllm_cl.errors import ModelError, RecipeError
+from mllm_cl.methods import METHODS
+from mllm_cl.recipe import load_recipe
+from mllm_cl.training import capabilities
+from mllm_cl.training.capabilities import build_methods
+from mllm_cl.training.launchers import LAUNCHERS, QUANTIZATIONS, REFUSED, launcher, refusal
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "accelerate"
+FILES = {"single": "single", "ddp": "ddp", "zero2": "zero2", "zero3": "zero3", "fsdp2": "fsdp2"}
+
+
+def recipe(method: str = "finetune", **settings):
+    content = {
+        "name": "x",
+        "output_dir": "x",
+        "model": {"name_or_path": "there/is-no-such-model", **settings.pop("model", {})},
+        "stream": {"name": "quickstart"},
+        "methods": [method],
+        **settings,
+    }
+    return load_recipe(content)
+
+
+def start(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Sets the environment that the launcher sets."""
+    environment = {
+        "single": {},
+        "ddp": {"WORLD_SIZE": "2"},
+        "fsdp2": {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    }.get(name) or {"WORLD_SIZE": "2", "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": name[-1]}
+    for key, value in {} if name == "single" else environment.items():
+        monkeypatch.setenv(key, value)
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_launchers_are_recognised(monkeypatch, name):
+    start(monkeypatch, name)
+    assert launcher() == name
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_every_cell_is_allowed_or_refused_for_every_method(monkeypatch, name, quantization):
+    """Nothing is loaded: the model does not exist."""
+    start(monkeypatch, name)
+    monkeypatch.setattr(capabilities, "check_bitsandbytes", lambda kind: None)
+    monkeypatch.setattr(capabilities, "check_training", lambda section: None)  # would look for the other process
+    for method in METHODS:
+        asked = recipe(method, model={"quantization": quantization})
+        why = refusal(name, quantization)
+        if why is None:
+            build_methods(asked)
+            continue
+        with pytest.raises(RecipeError) as caught:
+            build_methods(asked)
+        assert why in str(caught.value)
+        assert name in str(caught.value)
+        assert "docs/compatibility.md" in str(caught.value)
+
+
+def test_deepspeed_and_fsdp_in_the_recipe_are_seen(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    for given, expected in (
+        ({"deepspeed": str(path)}, "zero3"),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "zero2"),
+        ({"deepspeed": {}} | {"fsdp": True}, "fsdp2"),
+        ({"deepspeed": {"train_batch_size": 4}}, "zero1"),
+    ):
+        assert launcher(given) == expected
+        with pytest.raises(RecipeError, match=expected):
+            build_methods(recipe(training=given))
+    with pytest.raises(RecipeError, match="cannot be read"):
+        launcher({"deepspeed": str(tmp_path / "none.json")})
+
+
+def test_missing_bitsandbytes_is_refused_before_loading(monkeypatch):
+    import importlib.util
+
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "bitsandbytes" else real(name, *a)
+    )
+    with pytest.raises(ModelError, match="needs bitsandbytes"):
+        build_methods(recipe(model={"quantization": "8bit"}))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_accelerate_reads_the_shipped_configurations(name, monkeypatch):
+    """The file is one that `accelerate launch` understands, and what it starts is recognised."""
+    content = yaml.safe_load((RECIPES / f"{FILES[name]}.yaml").read_text(encoding="utf-8"))
+    arguments = launch_command_parser().parse_args(
+        ["--config_file", str(RECIPES / f"{name}.yaml"), "recipes/train.py", "r"]
+    )
+    from accelerate.commands.config import load_config_from_file
+
+    config = load_config_from_file(str(RECIPES / f"{name}.yaml"))
+    assert config.num_processes == content["num_processes"] == (1 if name == "single" else 2)
+    for key, value in vars(config).items():
+        if hasattr(arguments, key) and not isinstance(value, dict):
+            setattr(arguments, key, value)
+    if name.startswith("zero"):
+        for key, value in config.deepspeed_config.items():
+            setattr(arguments, key, value)
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(config.deepspeed_config)
+        environment = prepare_deepspeed_cmd_env(arguments)[1]
+    elif name == "fsdp2":
+        arguments.use_fsdp, arguments.dynamo_backend = True, "no"
+        for key, value in config.fsdp_config.items():
+            setattr(arguments, key, value)
+        environment = prepare_multi_gpu_env(arguments)
+    else:
+        return
+    for key in [key for key in environment if key.startswith(("ACCELERATE_", "FSDP_"))]:
+        monkeypatch.setenv(key, environment[key])
+    assert launcher() == name
+    assert name in REFUSED
+    assert "REFUSED" in (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
