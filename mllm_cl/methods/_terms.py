@@ -5,11 +5,12 @@ Notation: B rows, N target positions, V vocabulary, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, log_softmax
+from torch.utils.checkpoint import checkpoint
 
 
 def target_logits(logits: Tensor, labels: Tensor, ignored: int = -100) -> Tensor:
@@ -25,15 +26,53 @@ def target_logits(logits: Tensor, labels: Tensor, ignored: int = -100) -> Tensor
     return logits[:, :-1][labels[:, 1:] != ignored]
 
 
+def row_likelihoods(logits: Tensor, labels: Tensor, ignored: int = -100) -> Tensor:
+    """Mean log-probability of each row's target tokens: (B, L, V), (B, L) -> (B,) float32; 0 for a row without any."""
+    targets, known = labels[:, 1:], labels[:, 1:] != ignored
+    chosen = log_softmax(logits[:, :-1].float(), dim=-1).gather(-1, targets.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    return (chosen * known).sum(dim=1) / known.sum(dim=1).clamp_min(1)
+
+
 def distillation(logits: Tensor, reference: Tensor, temperature: float = 1.0) -> Tensor:
     """T² · mean over positions of KL(p_ref^(1/T) ‖ p^(1/T)) (Hinton et al. 2015; LwF, Li and Hoiem 2016).
 
     Args:
         logits, reference: (N, V).
     """
-    current = log_softmax(logits.float() / temperature, dim=-1)
-    target = log_softmax(reference.float() / temperature, dim=-1)
-    return temperature**2 * (target.exp() * (target - current)).sum(dim=-1).mean()
+
+    def divergence(logits: Tensor, reference: Tensor) -> Tensor:
+        current = log_softmax(logits.float() / temperature, dim=-1)
+        target = log_softmax(reference.float() / temperature, dim=-1)
+        return (target.exp() * (target - current)).sum(dim=-1)
+
+    return temperature**2 * mean_in_chunks(divergence, (logits, reference))
+
+
+def top_k_distillation(
+    logits: Tensor, reference_log_probabilities: Tensor, ids: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """`distillation` that knows the reference's k most likely tokens only; the others are one further outcome.
+
+    Args:
+        logits: (N, V).
+        reference_log_probabilities, ids: (N, k), of the reference at the same temperature.
+    """
+
+    def divergence(logits: Tensor, values: Tensor, ids: Tensor) -> Tensor:
+        return top_k_divergence(logits.float() / temperature, values, ids)
+
+    return temperature**2 * mean_in_chunks(divergence, (logits, reference_log_probabilities, ids))
+
+
+def mean_in_chunks(function: Callable[..., Tensor], tensors: Sequence[Tensor], size: int = 64) -> Tensor:
+    """Mean over rows of `function(rows of each tensor)`, (n, ...) -> (n,), computed `size` rows at a time.
+
+    What a chunk needs for its gradient is computed again in the backward pass, so that nothing of size (N, V) is kept
+    besides the logits themselves.
+    """
+    pieces = zip(*(tensor.split(size) for tensor in tensors))
+    parts = [checkpoint(lambda *rows: function(*rows).sum(), *rows, use_reentrant=False) for rows in pieces]
+    return torch.stack(parts).sum() / len(tensors[0])
 
 
 def top_log_probabilities(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The contract of a method: seven optional hooks and the small frozen context they are given.
+"""The contract of a method: eight optional hooks and the small frozen context they are given.
 
 A method is a class in one file. Hooks return values and never mutate the trainer. A method declares what it `needs`
 from the runner, which launchers it `supports` and how it wants the `adapters`, so that an impossible recipe is refused
@@ -23,11 +23,14 @@ from transformers import ProcessorMixin
 from mllm_cl.data.rows import Row
 from mllm_cl.streams import Stream, Task
 
-HOOKS = ("begin_task", "train_rows", "loss_terms", "after_step", "end_task", "route", "state_dict", "load_state_dict")
+HOOKS = (
+    "begin_task", "train_rows", "loss_terms", "before_step", "after_step", "end_task", "route",
+    "state_dict", "load_state_dict",
+)  # fmt: skip
 
 AdapterPolicy = Literal["one", "stacked", "per_task"]
 ReferenceKind = Literal["base", "previous"]
-ShareOf = Literal["step", "tokens", "inquiry"]
+ShareOf = Literal["step", "tokens", "inquiry", "memory"]
 
 
 @dataclass
@@ -106,7 +109,7 @@ class TrainBatch:
         """Weight that makes a term independent of gradient accumulation and of the number of processes.
 
         A mean over this micro-batch's target tokens is multiplied by `share("tokens")`, a mean over its inquiry rows by
-        `share("inquiry")`, a penalty on the parameters by `share("step")`.
+        `share("inquiry")`, over its memory rows by `share("memory")`, a penalty on the parameters by `share("step")`.
         """
         return self.shares[of]
 
@@ -139,15 +142,15 @@ class Method:
         supports: launchers it is correct under.
         adapters: the adapter policy it requires; `None` when any will do.
         roles: what only one method of a recipe can do: `consolidation` (writes the deployed adapter after a task),
-            `initialisation` (chooses or freezes a factor of the fresh adapter), `routing`.
+            `initialisation` (chooses or freezes a factor of the fresh adapter), `choice of matrices`, `routing`.
         measures: `seen` (all tasks so far) or `current` (only the task just learnt).
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: frozenset[str] = frozenset()
     supports: ClassVar[frozenset[str]] = frozenset({"single", "ddp"})
-    adapters: ClassVar[AdapterPolicy | None] = None
+    adapters: AdapterPolicy | None = None
     roles: ClassVar[frozenset[str]] = frozenset()
     measures: ClassVar[Literal["seen", "current"]] = "seen"
     version: ClassVar[int] = 1
@@ -168,8 +171,11 @@ class Method:
         """
         return {}
 
+    def before_step(self, ctx: Context) -> None:
+        """Called before each optimizer step, when the gradients are accumulated, averaged and clipped; may change them."""
+
     def after_step(self, ctx: Context) -> None:
-        """Called after each optimizer step."""
+        """Called after each optimizer step; the gradients are still there."""
 
     def end_task(self, ctx: Context) -> None:
         """Called after training, before the stage is saved."""

@@ -15,7 +15,7 @@ differ from the authors'.
 from __future__ import annotations
 
 import logging
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field
 from transformers import PreTrainedModel
@@ -65,7 +65,7 @@ class SpectralConsolidation(Method):
         self.rate, self.strength, self.match, self.schedule = rate, strength, match, schedule
         self.granularity, self.cap, self.rate_options = granularity, cap, dict(rate_options or {})
         self.other_rate = other_rate
-        self.adapters: AdapterPolicy = "stacked" if adapter == "fresh" else "one"
+        self.adapters = "stacked" if adapter == "fresh" else "one"
         self.needs = frozenset() if adapter == "fresh" else frozenset({"previous"})
         try:
             find_rate(rate, dict(self.rate_options))
@@ -96,7 +96,7 @@ class SpectralConsolidation(Method):
         language = {name: update for name, update in updates.items() if not name.startswith(others)}
         rest = {name: update for name, update in updates.items() if name not in language}
         strength = strength_at(self.strength, self.schedule, ctx.index)
-        settings = {"strength": strength, "match": self.match, "cap": self.cap, "granularity": self.granularity}
+        settings: dict[str, Any] = {"strength": strength, "match": self.match, "cap": self.cap, "granularity": self.granularity}
         kept = consolidate_many(language, self.rate, previous=before, **settings, **self.rate_options)
         if rest:
             kept |= consolidate_many(rest, self.other_rate, previous=before, **settings)

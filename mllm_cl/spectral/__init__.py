@@ -9,6 +9,7 @@ the update `D` of one weight matrix keeps its directions, and a *rate* `c(sigma)
 - `low_rank.py`: `LowRankDelta`, the update of one matrix, from and to the two factors of a LoRA adapter
 - `rates.py`: the named rates (`RATES`)
 - `consolidate.py`: rate + calibration of the total strength, for one matrix or for all matrices of a model
+- `merges.py`: the named merges of several updates (`MERGES`), for one matrix or for all matrices of a model
 
 Notation used for tensor shapes and symbols, in every file of this room:
 
@@ -36,17 +37,22 @@ from .consolidate import (
     strength_at,
 )
 from .low_rank import LowRankDelta
+from .merges import MERGES, find_merge, merge, merge_many
 from .rates import RATES
 
 __all__ = [
     "GRANULARITIES",
     "MATCHES",
+    "MERGES",
     "RATES",
     "SCHEDULES",
     "LowRankDelta",
     "consolidate",
     "consolidate_many",
     "consolidate_vector",
+    "find_merge",
     "layer_type",
+    "merge",
+    "merge_many",
     "strength_at",
 ]

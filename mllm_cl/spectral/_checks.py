@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..errors import SpectralError
+from ..errors import SpectralError, suggest
 
 
 def check_matrix(name: str, tensor: Tensor, rank_dim: int | None = None) -> None:
@@ -44,3 +45,9 @@ def check_range(name: str, value: float, low: float, high: float = math.inf, *, 
         raise SpectralError(
             f"{name} is {value!r}.", expected=f"a number {'above' if open_low else 'of at least'} {low:g}{upper}."
         )
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Refuses a word that is none of the choices."""
+    if value not in choices:
+        raise SpectralError(f"{name} {value!r} is unknown.", expected=", ".join(choices), fix=suggest(value, choices))

@@ -13,7 +13,8 @@ from transformers import TrainerCallback
 from mllm_cl.data.collate import Collator
 from mllm_cl.data.rows import Rows
 from mllm_cl.evaluation.engine import GenerationSettings, generate
-from mllm_cl.methods import Method
+from mllm_cl.methods import METHODS, Method, build_method
+from mllm_cl.methods.base import overrides
 from mllm_cl.methods.ewc import EWC
 from mllm_cl.methods.finetune import Finetune
 from mllm_cl.methods.inquiry_regularization import PRESETS, InquiryRegularization
@@ -24,6 +25,7 @@ from mllm_cl.methods.single import Single
 from mllm_cl.methods.spectral_consolidation import SpectralConsolidation
 from mllm_cl.methods.task_adapters import TaskAdapters
 from mllm_cl.models import adapters
+from mllm_cl.recipe import MethodSpec
 from mllm_cl.streams import Stream, Task
 
 
@@ -38,7 +40,12 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "single": (lambda: [Single()], {}),
     "replay-reservoir": (lambda: [Replay(size=5, share=0.25)], {}),
     "replay-balanced": (lambda: [Replay(size=5, share=0.25, policy="balanced")], {}),
+    **{
+        f"replay-{policy}": (lambda policy=policy: [Replay(size=5, policy=policy)], {})
+        for policy in ("class_balanced", "herding", "surprise")
+    },
     "lwf": (lambda: [LwF()], {}),
+    "lwf-top-k": (lambda: [LwF(top_k=8)], {}),
     "lwf-stacked": (lambda: [LwF()], {"policy": "stacked"}),
     "ewc": (lambda: [EWC(samples=6)], {}),
     "sac": (lambda: [SpectralConsolidation()], {}),
@@ -46,10 +53,46 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "llava-c": (lambda: [SpectralConsolidation(), uir("uir_memory")], {}),
     "adapters-prototype": (lambda: [TaskAdapters(samples=6)], {}),
     "adapters-oracle": (lambda: [TaskAdapters(router="oracle")], {}),
+    "adapters-ridge": (lambda: [TaskAdapters(router="ridge", samples=6)], {}),
 }
+SMALL: dict[str, dict[str, Any]] = {  # options that suit two tasks of 24 rows; every other method has its defaults
+    "model_tailor": {"samples": 6},
+    "online_ewc": {"samples": 6},
+    "disco": {"samples": 6},
+    "agem": {"size": 5, "batch": 3},
+    "lora_null": {"samples": 4},
+    "ema": {"decay": 0.5},
+    "hide": {"samples": 6},
+    "shared_specific": {"samples": 6},
+    "inflora": {"samples": 6, "energy": 0.5},
+    "keeplora": {"samples": 6, "energy": 0.5},
+    "reglora": {"strength": 1.0, "share": 0.1},
+    "n_lora": {"strength": 0.01},
+    "clora": {"strength": 0.1},
+    "mas": {"samples": 6},
+    "derpp": {"size": 5, "ratio": 0.3},
+    "generic_mix": {"share": 0.2},
+}
+COVERED = {"spectral_consolidation", "inquiry_regularization", "task_adapters", "replay", "lwf", "ewc"}
+
+
+def built(name: str) -> list[Method]:
+    return [build_method(MethodSpec(name=name, options=SMALL.get(name, {})))]
+
+
+CASES |= {name: (lambda name=name: built(name), {}) for name in METHODS if name not in COVERED | CASES.keys()}
 STACKED = ("finetune-stacked", "lwf-stacked", "sac", "llava-c")
-PER_TASK = ("adapters-prototype", "adapters-oracle")
-TERMS = {"lwf": "lwf", "lwf-stacked": "lwf", "ewc": "ewc", "llava-c": "uir"} | dict.fromkeys(PRESETS, "uir")
+PER_TASK = tuple(case for case, (make, _) in CASES.items() if any(m.adapters == "per_task" for m in make()))
+STEPPING = tuple(  # what acts in a training step; accumulation cannot touch the others
+    case
+    for case, (make, _) in CASES.items()
+    if case == "finetune"
+    or any(overrides(m, hook) for m in make() for hook in ("loss_terms", "before_step", "after_step"))
+)
+TERMS = {"lwf": "lwf", "lwf-top-k": "lwf", "lwf-stacked": "lwf", "llava-c": "uir"} | dict.fromkeys(PRESETS, "uir")
+TERMS |= {name: name for name in ("ewc", "online_ewc", "si", "mas", "reglora")}
+LATER: dict[str, tuple[str, ...]] = {"derpp": ("derpp_logits", "derpp_answers"), "o_lora": ("o_lora",)}
+ALWAYS: dict[str, tuple[str, ...]] = {"n_lora": ("n_lora",), "clora": ("clora",), "token_weights": ("token_weights",)}
 
 
 class Spy(Method):
@@ -113,6 +156,11 @@ def same(one, two) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+def epochs(case: str, stage: int) -> int:
+    """Long enough for the first task that is trained to be learnt."""
+    return 3 if stage == 1 or case == "joint" else 1
+
+
 _STORIES: dict[str, Story] = {}
 
 
@@ -131,7 +179,7 @@ def story(case, make_learner, small_stream, train_task, tmp_path_factory) -> Sto
         rows = repr([list(task.train) for task in stream])
         told = Story(learner, stream, spy, base_weights(learner.model), folder=tmp_path_factory.mktemp(case))
         for stage in (1, 2):
-            trainer = train_task(learner, stream, num_train_epochs=3)
+            trainer = train_task(learner, stream, num_train_epochs=epochs(case, stage))
             told.histories.append([entry for entry in trainer.state.log_history if "loss" in entry])
             told.stages.append(all_adapters(learner.model))
             learner.save_adapters(told.folder / str(stage) / "adapter")
@@ -147,7 +195,8 @@ def learnt_loss(entry: dict[str, Any]) -> float:
 
 def test_the_first_task_that_is_trained_is_learnt(case, story):
     history = story.histories[1 if case == "joint" else 0]
-    assert learnt_loss(history[-1]) < 0.8 * learnt_loss(history[0])
+    part = case in ("attention_only", "gate_up_only", "bottom_frozen")  # half of the matrices or fewer
+    assert learnt_loss(history[-1]) < (0.9 if part else 0.8) * learnt_loss(history[0])
 
 
 def test_the_second_task_is_trained(story):
@@ -160,7 +209,12 @@ def test_the_second_task_is_trained(story):
 def test_terms_start_where_the_reference_is(case, story):
     term = f"cl/{TERMS.get(case)}"
     first, second = story.histories
-    if case not in TERMS:
+    if case in LATER:  # only from the second task on, and not zero where it starts
+        assert not any(name.startswith("cl/") for entry in first for name in entry)
+        assert all(any(f"cl/{name}" in entry for entry in second) for name in LATER[case])
+    elif case in ALWAYS:
+        assert all(f"cl/{name}" in entry for entry in first + second for name in ALWAYS[case])
+    elif case not in TERMS:
         assert not any(name.startswith("cl/") for entry in first + second for name in entry)
     elif TERMS[case] == "uir":
         assert abs(first[0][term]) < 1e-5
@@ -179,7 +233,8 @@ def test_only_the_tasks_own_adapter_is_trainable(case, story):
     assert story.spy.trainable
     for names in story.spy.trainable:
         owners = {name.split(".lora_")[1].split(".")[1] for name in names}
-        assert len(owners) == 1
+        branches = {"default"} if case == "shared_specific" else set()  # its shared branch learns the first task too
+        assert len(owners - branches) == 1
         assert owners <= {"default", "task", "of-colours", "of-yes+no"}
         assert ("task" in owners) == (story.learner.policy == "stacked")
     assert not any(parameter.requires_grad for parameter in story.learner.model.parameters())
@@ -189,6 +244,7 @@ def mixed_rows(stream: Stream) -> list[Any]:
     return [row for pair in zip(stream[0].test, stream[1].test) for row in pair]
 
 
+@pytest.mark.parametrize("case", ["finetune", "finetune-stacked", *PER_TASK])  # the others answer as one of these does
 def test_answers_do_not_depend_on_the_batch(case, story):
     rows, learner = mixed_rows(story.stream), story.learner
     for task in (story.stream[0].name, None):
@@ -226,7 +282,7 @@ def test_a_stage_continues_from_disk_bit_for_bit(case, story, make_learner, trai
     methods, settings = CASES[case]
     learner = make_learner(*methods(), Spy(), **settings)
     learner.load_stage(story.folder / "1" / "adapter", story.folder / "1" / "method", 1)
-    train_task(learner, story.stream, num_train_epochs=3)
+    train_task(learner, story.stream, num_train_epochs=epochs(case, 2))
     again, before = all_adapters(learner.model), story.stages[1]
     kept = [name for name in again if name != adapters.PREVIOUS and (case not in PER_TASK or name != adapters.DEFAULT)]
     assert kept
@@ -287,6 +343,7 @@ def uneven_stream(make_row) -> Stream:
     return Stream("uneven", (task("one", 16), task("two", 19)))
 
 
+@pytest.mark.parametrize("case", STEPPING)
 def test_gradients_do_not_depend_on_accumulation(case, make_learner, uneven_stream, train_task):
     methods, settings = CASES[case]
     results = []
@@ -325,10 +382,28 @@ def trained(make_learner, train_task, stream, *methods, **settings) -> dict[str,
         ("one", lambda: LwF(strength=0.0)),
         ("stacked", lambda: LwF(strength=0.0)),
         ("one", lambda: EWC(strength=0.0, samples=4)),
+        ("one", lambda: build_method(MethodSpec(name="si", options={"strength": 0.0}))),
+        ("one", lambda: build_method(MethodSpec(name="derpp", options={"alpha": 0.0, "beta": 0.0}))),
+        ("stacked", lambda: build_method(MethodSpec(name="o_lora", options={"strength": 0.0}))),
+        ("stacked", lambda: build_method(MethodSpec(name="n_lora", options={"strength": 0.0}))),
+        ("stacked", lambda: build_method(MethodSpec(name="clora", options={"strength": 0.0}))),
+        ("stacked", lambda: build_method(MethodSpec(name="reglora", options={"strength": 0.0}))),
         ("one", lambda: InquiryRegularization(weight=0.0)),
         ("stacked", lambda: InquiryRegularization(weight=0.0)),
     ],
-    ids=["lwf-one", "lwf-stacked", "ewc", "uir-one", "uir-stacked"],
+    ids=[
+        "lwf-one",
+        "lwf-stacked",
+        "ewc",
+        "si",
+        "derpp",
+        "o_lora",
+        "n_lora",
+        "clora",
+        "reglora",
+        "uir-one",
+        "uir-stacked",
+    ],
 )
 def test_strength_zero_is_plain_fine_tuning_bit_for_bit(off, make_learner, small_stream, train_task):
     policy, method = off

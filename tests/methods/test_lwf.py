@@ -56,3 +56,17 @@ def test_batches_without_targets_cost_nothing(begin, small_stream, micro_batch, 
     )
     assert term["lwf"].item() == 0
     term["lwf"].backward()
+
+
+@pytest.mark.parametrize("top_k", [3, 10_000])
+def test_top_k_is_the_divergence_over_the_kept_tokens(top_k, begin, disturb, small_stream, micro_batch):
+    stream, method = small_stream(2, rows=4), LwF(temperature=2.0, top_k=top_k)
+    learner, ctx = begin(stream, method)
+    learner.end_task(ctx)
+    learner, ctx = begin(stream, learner=learner)
+    disturb(ctx.model, "default", 2)
+    batch = micro_batch(ctx.collate(list(stream[0].train)))
+    outputs = ctx.model(**batch.inputs)
+    term = method.loss_terms(ctx, ctx.model, batch, outputs)["lwf"].item()
+    exact = LwF(temperature=2.0).loss_terms(ctx, ctx.model, batch, outputs)["lwf"].item()
+    assert term == pytest.approx(exact, rel=1e-4) if top_k > 3 else 0 < term < exact

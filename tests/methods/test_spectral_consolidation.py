@@ -39,11 +39,17 @@ def saturate(update: np.ndarray, strength: float) -> np.ndarray:
     [
         ({}, lambda d, t: saturate(d, 0.9)),
         ({"rate": "power_up"}, lambda d, t: power_up(d, 0.9, 1.0, True)),
-        ({"rate": "power_up", "rate_options": {"gamma": 2.0}, "strength": 0.5}, lambda d, t: power_up(d, 0.5, 2.0, True)),
+        (
+            {"rate": "power_up", "rate_options": {"gamma": 2.0}, "strength": 0.5},
+            lambda d, t: power_up(d, 0.5, 2.0, True),
+        ),
         ({"rate": "power_up", "match": "none", "strength": 0.5}, lambda d, t: power_up(d, 0.5, 1.0, False)),
         ({"rate": "power_up", "match": "none", "cap": 0.3}, lambda d, t: power_up(d, 0.9, 1.0, False, 0.3)),
         ({"rate": "power_up", "schedule": "inverse", "strength": 1.0}, lambda d, t: power_up(d, 1.0 / t, 1.0, True)),
-        ({"rate": "power_up", "schedule": "inverse_sqrt", "strength": 1.0}, lambda d, t: power_up(d, 1.0 / np.sqrt(t), 1.0, True)),
+        (
+            {"rate": "power_up", "schedule": "inverse_sqrt", "strength": 1.0},
+            lambda d, t: power_up(d, 1.0 / np.sqrt(t), 1.0, True),
+        ),
         ({"rate": "uniform", "strength": 0.5}, lambda d, t: 0.5 * d),
         ({"strength": 0.0}, lambda d, t: 0.0 * d),
     ],

@@ -114,3 +114,26 @@ def test_quadratic_penalty_by_hand():
     assert penalty.item() == pytest.approx(0.5 * (2 * 1 + 0 + 0.5 * 4 + 0))
     penalty.backward()
     assert weight.grad.tolist() == [[2.0, 0.0], [1.0, 0.0]]
+
+
+def test_chunks_change_nothing_and_keep_little():
+    from mllm_cl.methods._terms import mean_in_chunks
+
+    generator = torch.Generator().manual_seed(0)
+    one, two = torch.randn(2, 150, 7, generator=generator)
+    one.requires_grad_(True)
+    whole = ((one - two).pow(2).sum(dim=-1)).mean()
+    whole.backward()
+    expected, one.grad = one.grad, None
+    kept: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        chunked = mean_in_chunks(lambda a, b: (a - b).pow(2).sum(dim=-1), (one, two), size=64)
+    assert chunked.item() == pytest.approx(whole.item(), rel=1e-6)
+    chunked.backward()
+    assert torch.allclose(one.grad, expected, atol=1e-7)
+    assert all(size <= 64 * 7 for size in kept)

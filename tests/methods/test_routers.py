@@ -1,0 +1,167 @@
+"""Ridge, DISCO, HiDe and the shared branch: choices and gates by hand, what is deployed on dense matrices."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from mllm_cl.methods import RouteBatch
+from mllm_cl.methods._layers import decoder_blocks
+from mllm_cl.methods._routing import gates, ridge_scores, similarities
+from mllm_cl.methods.disco import Disco
+from mllm_cl.methods.hide import FUSED, TOP, HiDe
+from mllm_cl.methods.shared_specific import SharedSpecific
+from mllm_cl.methods.task_adapters import TaskAdapters
+from mllm_cl.models.adapters import (
+    DEFAULT,
+    adapter_deltas,
+    adapter_names,
+    adapter_parameters,
+    lora_layers,
+    task_adapter,
+)
+
+FIRST, SECOND = task_adapter("colours"), task_adapter("yes.no")
+
+
+@pytest.fixture
+def two_tasks(begin, disturb, small_stream):
+    """Learns two tasks without training; returns learner, context and what each adapter was before its task ended."""
+
+    def story(method, embeddings=None):
+        stream, learner, updates = small_stream(2, rows=4), None, []
+        for number in (0, 1):
+            learner, ctx = begin(stream, method, learner=learner)
+            if embeddings is not None:
+                ctx = dataclasses.replace(
+                    ctx, embed=lambda rows, own=embeddings[number]: torch.tensor(own)[: len(rows)]
+                )
+            disturb(ctx.model, task_adapter(stream[number].name), seed=number)
+            updates.append(
+                {k: d.dense() for k, d in adapter_deltas(ctx.model, task_adapter(stream[number].name)).items()}
+            )
+            learner.end_task(ctx)
+        return learner, stream, updates
+
+    return story
+
+
+def routed(method, learner, stream, vectors):
+    ctx = learner.context(stream[1], stream, None)
+    ctx = dataclasses.replace(ctx, embed=lambda rows: torch.tensor(vectors))
+    return method.route(ctx, RouteBatch([stream[0].test[0]] * len(vectors), [None] * len(vectors)))
+
+
+def test_ridge_is_the_regression_on_all_rows_at_once():
+    generator = np.random.default_rng(0)
+    rows, tasks = generator.normal(size=(30, 4)), generator.integers(0, 3, size=30)
+    target = np.eye(3)[tasks]
+    weights = np.linalg.inv(rows.T @ rows + 0.1 * np.eye(4)) @ rows.T @ target
+    gram = sum(torch.tensor(rows[tasks == t].T @ rows[tasks == t]) for t in (2, 0, 1))  # added in any order
+    sums = torch.stack([torch.tensor(rows[tasks == t].sum(axis=0)) for t in range(3)], dim=1)
+    scores = ridge_scores(torch.tensor(rows), gram, sums, 0.1)
+    np.testing.assert_allclose(scores.numpy(), rows @ weights, atol=1e-10)
+
+
+def test_ridge_tells_apart_what_prototypes_do_not(two_tasks):
+    """Two tasks with nearly the same mean, told apart by a weak feature."""
+    one = [[5.0, 0.2, 1.0], [5.0, 0.2, -1.0], [5.0, 0.2, 0.9], [5.0, 0.2, -0.9]]
+    two = [[5.0, -0.2, 4.0], [5.0, -0.2, -4.0], [5.0, -0.2, 3.9], [5.0, -0.2, -3.9]]
+    method = TaskAdapters(router="ridge", reject=None, penalty=1e-3)
+    learner, stream, _ = two_tasks(method, (one, two))
+    asked = [[5.0, 0.2, 4.0], [5.0, -0.2, 0.1], [5.0, 0.2, -3.0]]
+    expected = [{FIRST: 1.0}, {SECOND: 1.0}, {FIRST: 1.0}]
+    assert routed(method, learner, stream, asked) == expected
+    again = TaskAdapters(router="ridge", reject=None, penalty=1e-3)
+    again.load_state_dict(method.state_dict())
+    assert routed(again, learner, stream, asked) == expected
+    far = TaskAdapters(router="ridge", reject=3.0, penalty=1e-3)
+    far.load_state_dict(method.state_dict())
+    assert routed(far, learner, stream, [[-5.0, 0.2, 0.0]]) == [{}]
+
+
+def test_disco_mixes_by_the_softmax_of_the_cosines(two_tasks):
+    method = Disco(temperature=0.5)
+    learner, stream, _ = two_tasks(method, ([[1.0, 0.0]] * 4, [[0.0, 2.0]] * 4))
+    choices = routed(method, learner, stream, [[1.0, 0.0], [1.0, 1.0], [3.0, 4.0]])
+    for (x, y), choice in zip([(1.0, 0.0), (0.5**0.5, 0.5**0.5), (0.6, 0.8)], choices):
+        weights = np.exp(np.array([x, y]) / 0.5)
+        weights /= weights.sum()
+        assert [choice[FIRST], choice[SECOND]] == pytest.approx(weights.tolist(), rel=1e-5)
+
+
+def test_disco_reads_the_question_alone(begin, small_stream):
+    _, ctx = begin(small_stream(1, rows=4), method := Disco())
+    seen = []
+    ctx = dataclasses.replace(ctx, embed=lambda rows: seen.extend(rows) or torch.ones(len(rows), 2))
+    method.embed(ctx, list(ctx.task.train))
+    assert all(not row["images"] and len(row["messages"]) == 1 for row in seen)
+    assert "red" not in repr(seen)
+
+
+def test_hide_adds_up_all_blocks_but_the_last(two_tasks):
+    method = HiDe(temperature=0.1)
+    learner, stream, updates = two_tasks(method, ([[1.0, 0.0]] * 4, [[0.0, 1.0]] * 4))
+    choices = routed(method, learner, stream, [[1.0, 0.0], [3.0, 4.0]])
+    assert choices[1][FUSED] == 1.0
+    expected = gates(torch.tensor([[0.6, 0.8]]), 0.1)[0].tolist()
+    assert [choices[1][TOP + "0"], choices[1][TOP + "1"]] == pytest.approx(expected, rel=1e-5)
+    blocks = decoder_blocks(learner.model)
+    assert set(blocks.values()) == {0, 1}
+    fused, tops = adapter_deltas(learner.model, FUSED), [adapter_deltas(learner.model, TOP + i) for i in "01"]
+    for module in updates[0]:
+        both, last = updates[0][module] + updates[1][module], blocks.get(module) == 1
+        assert torch.allclose(fused[module].dense(), torch.zeros_like(both) if last else both, atol=1e-5)
+        for top, update in zip(tops, updates):
+            own = update[module] if last else torch.zeros_like(both)
+            assert torch.allclose(top[module].dense(), own, atol=1e-5)
+    method.begin_task(learner.context(stream[1], stream, None))
+    assert not any(name == FUSED or name.startswith(TOP) for name in adapter_names(learner.model))
+
+
+def test_gates_are_per_row():
+    similarity = similarities(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.eye(2))
+    assert torch.equal(similarity, torch.eye(2))
+    alone = gates(similarity[:1], 0.3)
+    assert torch.equal(gates(similarity, 0.3)[:1], alone)
+
+
+@pytest.mark.parametrize("slowness", [0.0, 0.25])
+def test_the_shared_branch_is_part_of_every_adapter_and_slow(slowness, begin, disturb, small_stream):
+    stream, method = small_stream(2, rows=4), SharedSpecific(router="oracle", slowness=slowness)
+    learner, ctx = begin(stream, method)
+    assert next(lora_layers(ctx.model))[1].active_adapters == [DEFAULT, FIRST]
+    live = adapter_parameters(ctx.model, DEFAULT)
+    assert all(parameter.requires_grad for parameter in live.values())
+    disturb(ctx.model, DEFAULT, seed=1)
+    disturb(ctx.model, FIRST, seed=2)
+    method.after_step(ctx)
+    parts = [adapter_deltas(ctx.model, name) for name in (DEFAULT, FIRST)]
+    expected = {name: parts[0][name].dense() + parts[1][name].dense() for name in parts[0]}
+    learner.end_task(ctx)
+    first = {name: delta.dense() for name, delta in adapter_deltas(learner.model, FIRST).items()}
+    assert all(torch.allclose(first[name], expected[name], atol=1e-5) for name in expected)
+
+    again = SharedSpecific(router="oracle", slowness=slowness)
+    again.load_state_dict(method.state_dict())
+    with torch.no_grad():
+        for parameter in adapter_parameters(learner.model, DEFAULT).values():
+            parameter.zero_()  # as in a new process: the shared branch comes from the state
+    learner.methods[0] = method = again
+    learner, ctx = begin(stream, learner=learner)
+    live = adapter_parameters(ctx.model, DEFAULT)
+    before = {name: parameter.detach().clone() for name, parameter in live.items()}
+    assert max(float(tensor.abs().max()) for tensor in before.values()) > 0.1
+    assert all(parameter.requires_grad == (slowness > 0) for parameter in live.values())
+    if slowness:
+        disturb(ctx.model, DEFAULT, seed=3)
+        moved = {name: parameter.detach().clone() for name, parameter in live.items()}
+        method.after_step(ctx)
+        for name, parameter in live.items():
+            assert torch.allclose(parameter, before[name] + slowness * (moved[name] - before[name]), atol=1e-6)
+    learner.end_task(ctx)
+    after = adapter_deltas(learner.model, FIRST)
+    assert all(torch.equal(after[name].dense(), first[name]) for name in first)  # past tasks stay as they were
