@@ -58,6 +58,8 @@ def page(output: Path, jobs: list[Job]) -> str:
     ]
     cells = []
     for name, found in runs.items():
+        if not found:
+            continue
         own = [spread([matrix["derived"][key] for matrix in found]) for key in COLUMNS.values()]
         own.append(spread([general_at(matrix, -1) for matrix in found]))
         own.append(spread([matrix["drift"][-1]["feature_shift"] if matrix["drift"] else None for matrix in found], 3))

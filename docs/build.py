@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from mllm_cl.data.builders import STREAMS, find_builder, find_family
 from mllm_cl.methods import METHODS, method_class
 from mllm_cl.methods.base import HOOKS, Method
-from mllm_cl.recipe import EvaluationSection, ModelSection, Recipe, StreamSection, recipe_schema
+from mllm_cl.recipe import EvaluationSection, HubSection, ModelSection, Recipe, StreamSection, recipe_schema
 from mllm_cl.training.arguments import DEFAULTS
 
 DOCS = Path(__file__).resolve().parent
@@ -42,6 +43,67 @@ def methods_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def models_page() -> str:
+    """The page about models, with the table of families that the tests run (tests/families)."""
+    sys.path.append(str(ROOT / "tests" / "families"))
+    from family_zoo import FAMILIES
+
+    lines = ["| family | several images per row | rows without image | remark |", "|---|---|---|---|"]
+    for family in FAMILIES.values():
+        several = "yes" if family.images and family.several else "no"
+        without = ("yes" if family.text_only_rows else "refused") if family.images else "only"
+        lines.append(f"| {family.name} | {several} | {without} | {family.note or '–'} |")
+    text = (DOCS / "models.md").read_text(encoding="utf-8")
+    table = "\n".join(["<!-- families -->", *lines, "<!-- end -->"])
+    return re.sub(r"<!-- families -->.*?<!-- end -->", lambda match: table, text, count=1, flags=re.DOTALL)
+
+
+def compatibility_page() -> str:
+    """Method x launcher x quantisation, from the rules that refuse and the tests that run the rest."""
+    from mllm_cl.training.launchers import LAUNCHERS, QUANTIZATIONS, REFUSED, refusal
+
+    lines = [NOTE, "# What works together", ""]
+    lines += [
+        "**yes** is a run in a test, **no** a refusal before any weight is loaded (tested too) that says what to do instead.",
+        "**untested** is allowed and follows the same contract, but no test runs that method on two processes. Rules:",
+        "`mllm_cl/training/launchers.py`; tests: `tests/contract`, `tests/training/test_ddp.py`, `tests/launchers`.",
+        "",
+    ]
+    columns = [
+        (name, kind) for name in LAUNCHERS for kind in QUANTIZATIONS if kind is None or name in ("single", "ddp")
+    ]
+    titles = [name if kind is None else f"{name} {kind}" for name, kind in columns]
+    lines += ["| method | " + " | ".join(titles) + " |", "|---" * (len(columns) + 1) + "|"]
+    on_two_processes = (ROOT / "tests" / "training" / "conftest.py").read_text(encoding="utf-8")
+    for method in METHODS:
+        supported = method_class(method).supports
+        cells = ["yes" if name in supported and refusal(name, kind) is None else "no" for name, kind in columns]
+        if f'"{method}"' not in on_two_processes and cells[columns.index(("ddp", None))] == "yes":
+            cells[columns.index(("ddp", None))] = "untested"
+        lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
+    lines += ["", "## Why not", ""]
+    lines += [f"* **{name}**: {why}." for name, why in REFUSED.items()]
+    lines += [
+        f"* **ddp with model.quantization**: {refusal('ddp', '4bit')}.",
+        "",
+        "`models/gather.py` reads and writes whole weights under ZeRO-3 and FSDP2 (tested on DTensors over two CPU processes,",
+        "and on a stand-in for DeepSpeed's gathering), so that the refusals can be lifted where the loop allows it.",
+        "",
+        "## Options that save memory",
+        "",
+        "| option | where | test |",
+        "|---|---|---|",
+        "| `training.gradient_accumulation_steps` | same gradients for every method | `tests/contract` |",
+        "| `training.activation_checkpointing` | same gradients with SAC + UIR | `tests/launchers/test_memory_options.py` |",
+        "| `training.bf16`, `model.dtype: bfloat16` | trains, base unchanged | `tests/launchers/test_memory_options.py` |",
+        "| `model.quantization: 4bit`, `8bit` | every method; language part only | `tests/launchers`, `tests/models` |",
+        "| `training.auto_find_batch_size` | refused: a second try would go on from half-trained weights | the same |",
+        "",
+        "`mllm-cl doctor RECIPE` estimates what a recipe needs. Quantised bases were tested on CPUs only; no GPU was at hand.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def first_line(function: Any) -> str:
     return (inspect.getdoc(function) or "").splitlines()[0]
 
@@ -61,6 +123,7 @@ def recipe_page() -> str:
     ]
     lines += ["Editors complete it with [recipe.schema.json](recipe.schema.json).", ""]
     sections = {"": Recipe, "model": ModelSection, "stream": StreamSection, "evaluation": EvaluationSection}
+    sections |= {"hub": HubSection}
     for section, model in sections.items():
         lines += [f"## {section or 'top level'}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
         for name, field in model.model_fields.items():
@@ -104,6 +167,37 @@ def readme() -> str:
     return re.sub(r"(?<=<!-- tree -->\n)```.*?```", lambda match: tree(), text, count=1, flags=re.DOTALL)
 
 
+def public_streams_page() -> str:
+    """The public benchmarks, each from its file in `mllm_cl/data/builders`."""
+    families = {name: find_family(name) for name in STREAMS}
+    lines = [NOTE, "# Public streams", ""]
+    lines += [
+        "`stream: {name: NAME, root: FOLDER}` in a recipe; `mllm-cl data show NAME --root FOLDER` before that.",
+        "",
+    ]
+    lines += ["| name | tasks in the official order | fetched by |", "|---|---|---|"]
+    for name, family in families.items():
+        if family is not None:
+            order = ", ".join(task.name for task in family.tasks) or STREAMS[name].description
+            lines.append(f"| [`{name}`](#{name}) | {order} | `{family.script}` |")
+    for name, family in families.items():
+        if family is None:
+            continue
+        lines += ["", f"## {name}", "", f"{family.title}: <{family.link}>. {family.citation}.", ""]
+        lines += [f"Licence: {family.licence}.", "", "```text", family.layout.strip("\n"), "```"]
+        if family.tasks:
+            lines += ["", "| task | train rows | test rows | metric | corrected metric |", "|---|---|---|---|---|"]
+        for task in family.tasks:
+            counts = " | ".join(f"{files.count:,}" if files.count else "–" for files in (task.train, task.test))
+            lines.append(
+                f"| {task.name} | {counts} | `{task.metric}` | {f'`{task.corrected}`' if task.corrected else '–'} |"
+            )
+        options = [key for key in inspect.signature(find_builder(name, STREAMS)).parameters if key != "root"]
+        lines += ["", "Options: " + ", ".join(f"`{key}`" for key in options) + "."] * bool(options)
+        lines += ["", "Not known, or defective in what is published:", ""] + [f"* {gap}" for gap in family.gaps]
+    return "\n".join(lines) + "\n"
+
+
 def pages() -> dict[Path, str]:
     """Returns the generated files."""
     schema = json.dumps(recipe_schema(), indent=2, ensure_ascii=False) + "\n"
@@ -111,6 +205,9 @@ def pages() -> dict[Path, str]:
         ROOT / "README.md": readme(),
         DOCS / "methods.md": methods_page(),
         DOCS / "recipe.md": recipe_page(),
+        DOCS / "models.md": models_page(),
+        DOCS / "compatibility.md": compatibility_page(),
+        DOCS / "public_streams.md": public_streams_page(),
         DOCS / "recipe.schema.json": schema,
     }
 

@@ -68,6 +68,10 @@ class EvaluationError(MllmClError):
     """An evaluation could not be completed."""
 
 
+class HubError(MllmClError):
+    """The Hub cannot be reached, refuses what was asked, or does not hold what was expected."""
+
+
 class SpectralError(MllmClError):
     """A tensor given to the spectral mathematics has the wrong shape or an option is out of range."""
 

@@ -12,7 +12,21 @@ import typer
 from typer.core import TyperGroup
 
 import mllm_cl
-from mllm_cl.cli import compare, consolidate, data, demo, doctor, evaluate, matrix, methods, report, run
+from mllm_cl.cli import (
+    compare,
+    consolidate,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    matrix,
+    methods,
+    pull,
+    push,
+    report,
+    run,
+)
 from mllm_cl.cli.quiet import be_quiet
 from mllm_cl.errors import MllmClError
 
@@ -74,19 +88,24 @@ def options(
     be_quiet(verbose)
 
 
+NEED_ARGUMENTS = (run.run, consolidate.consolidate, push.push, pull.pull, export.export)
+
 for verb, example in (
     (demo.demo, "mllm-cl demo --methods finetune,llava_c"),
     (run.run, "mllm-cl run recipes/quickstart/llava_c.yaml seed=1 output_dir=runs/seed-1"),
-    (evaluate.evaluate, "mllm-cl evaluate runs/demo/llava_c --tasks compass,coin-count --output_path results"),
     (matrix.matrix, "mllm-cl matrix runs/demo/llava_c --csv > matrix.csv"),
     (report.report, "mllm-cl report runs/demo/llava_c --baseline runs/demo/finetune"),
     (compare.compare, "mllm-cl compare runs/demo/finetune runs/demo/llava_c --output_path runs/compare"),
     (
         consolidate.consolidate,
-        "mllm-cl consolidate runs/a/stages/01-plates/adapter other/adapter --rate power_up --out merged",
+        "mllm-cl consolidate runs/a/stages/01-plates/adapter other/adapter --rate saturate --out merged",
     ),
+    (push.push, "mllm-cl push runs/plates-then-menus owner/plates-then-menus --private --dry-run"),
+    (pull.pull, "mllm-cl pull owner/plates-then-menus --out runs/pulled"),
+    (export.export, "mllm-cl export runs/plates-then-menus --merge --out merged"),
     (methods.methods, "mllm-cl methods replay"),
     (doctor.doctor, "mllm-cl doctor"),
 ):
-    app.command(epilog=f"Example: {example}", no_args_is_help=verb in (run.run, evaluate.evaluate, consolidate.consolidate))(verb)
+    app.command(epilog=f"Example: {example}", no_args_is_help=verb in NEED_ARGUMENTS)(verb)
+app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(data.app, name="data")

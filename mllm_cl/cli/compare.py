@@ -42,6 +42,7 @@ def show_comparison(runs: Sequence[Path]) -> None:
     from mllm_cl.cli.display import say, show_table
     from mllm_cl.reporting import compare as compare_runs
     from mllm_cl.reporting import comparison_table
+    from mllm_cl.reporting.formatting import change
 
     comparison = compare_runs(runs)
     show_table(comparison_table(comparison, SHOWN), "comparison (percent; time and bytes of training)")
@@ -50,5 +51,20 @@ def show_comparison(runs: Sequence[Path]) -> None:
     if differing:
         rows = [[entry.kind, entry.name, *entry.values] for entry in differing]
         show_table([["kind", "not equal", *comparison.labels], *rows], "differences")
+    if comparison.paired:
+        rows = [["task", "difference", "points", "95 % interval", "p value", "corrected", "test"]]
+        for t in comparison.paired:
+            interval = f"{change(t.low)} to {change(t.high)}"
+            p_values = (f"{t.p_value:.2g}", f"{t.adjusted:.2g}")
+            rows.append([t.task, f"{t.other} − {t.first}", change(t.difference), interval, *p_values, t.test])
+        show_table(rows, "same test rows after the last stage; p values corrected for several tasks by Holm")
+    if comparison.derived:
+        rows = [["derived metric", "difference", "points", "95 % interval", "p value"]]
+        for d in comparison.derived:
+            interval = f"{change(d.low)} to {change(d.high)}"
+            rows.append([d.name, f"{d.other} − {d.first}", change(d.difference), interval, f"{d.p_value:.2g}"])
+        show_table(
+            rows, "derived metrics, test rows drawn jointly over stages and runs; the spread over seeds comes on top"
+        )
     for note in comparison.notes:
         say(f"note: {note}")

@@ -39,7 +39,11 @@ REQUIRED: dict[str, str] = {
 # Module, extra of pyproject.toml, what works with it (and does not without).
 OPTIONAL: tuple[tuple[str, str, str], ...] = (
     ("skimage", "demo", "the quickstart stream and `mllm-cl demo`"),
-    ("deepspeed", "deepspeed", "ZeRO 2 and 3"),
+    (
+        "deepspeed",
+        "deepspeed",
+        "gathering weights under ZeRO 3 (training under ZeRO is refused: docs/compatibility.md)",
+    ),
     ("bitsandbytes", "quantization", "4-bit and 8-bit base models"),
     ("pycocoevalcap", "caption", "the caption metrics of COCO"),
     ("lmms_eval", "lmms-eval", "benchmarks of lmms-eval"),

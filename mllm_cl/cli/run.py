@@ -22,23 +22,30 @@ def run(
 
     A run that was interrupted continues when the same command is given again.
     """
+    from mllm_cl.cli.pull import resume_from_hub
     from mllm_cl.recipe import load_recipe
 
-    execute(load_recipe(recipe, overrides or ()))
+    content = load_recipe(recipe, overrides or ())
+    resume_from_hub(content)
+    execute(content)
 
 
 def execute(recipe: Recipe, prefix: str = "", details: bool = True) -> RunFolder:
     """Runs a recipe with progress shown, writes the report and, with `details`, prints matrix and metrics."""
     from mllm_cl.cli.display import make_progress, say
     from mllm_cl.cli.matrix import show_run
+    from mllm_cl.cli.push import StagePusher
     from mllm_cl.reporting import write_report
     from mllm_cl.training.loop import run_stream
 
+    pusher = StagePusher(recipe) if recipe.hub.push else None
     with make_progress(prefix) as progress:
-        folder = run_stream(recipe, progress)
+        folder = run_stream(recipe, progress, pusher)
         with progress.waiting("writing the report"):
             report = write_report(folder.root)
     if details:
         show_run(folder.root)
         say(f"run:    {folder.root}\nreport: {report}")
+    if pusher is not None:
+        pusher.check()
     return folder

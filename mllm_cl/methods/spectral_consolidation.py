@@ -21,7 +21,7 @@ from pydantic import Field
 from transformers import PreTrainedModel
 
 from mllm_cl.errors import MethodError, SpectralError
-from mllm_cl.methods.base import AdapterPolicy, Context, Method
+from mllm_cl.methods.base import Context, Method
 from mllm_cl.models.adapters import DEFAULT, PREVIOUS, TASK, adapter_deltas, write_update
 from mllm_cl.models.parts import part_names
 from mllm_cl.spectral import LowRankDelta, consolidate_many, strength_at
@@ -96,7 +96,12 @@ class SpectralConsolidation(Method):
         language = {name: update for name, update in updates.items() if not name.startswith(others)}
         rest = {name: update for name, update in updates.items() if name not in language}
         strength = strength_at(self.strength, self.schedule, ctx.index)
-        settings: dict[str, Any] = {"strength": strength, "match": self.match, "cap": self.cap, "granularity": self.granularity}
+        settings: dict[str, Any] = {
+            "strength": strength,
+            "match": self.match,
+            "cap": self.cap,
+            "granularity": self.granularity,
+        }
         kept = consolidate_many(language, self.rate, previous=before, **settings, **self.rate_options)
         if rest:
             kept |= consolidate_many(rest, self.other_rate, previous=before, **settings)

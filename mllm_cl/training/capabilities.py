@@ -11,6 +11,7 @@ from peft import LoraConfig
 from mllm_cl.data.builders import BENCHMARKS
 from mllm_cl.errors import EvaluationError, MethodError, RecipeError, StreamError, suggest
 from mllm_cl.evaluation.scorers import find_metric
+from mllm_cl.evaluation.scorers.meteor import meteor_available
 from mllm_cl.methods import Method, adapter_policy, build_method
 from mllm_cl.methods.base import overrides
 from mllm_cl.models.quantize import check_bitsandbytes
@@ -74,13 +75,19 @@ def check_stream(recipe: Recipe, stream: Stream) -> None:
             )
     for task in stream:
         try:
-            find_metric(task.metric)
+            needs_java = find_metric(task.metric)[1].needs_java
         except EvaluationError as error:
             raise StreamError(
                 f"{stream.name}, task {task.name}, metric: {error.given}",
                 expected=error.expected,
                 fix="correct `metric`.",
             ) from error
+        if needs_java and not meteor_available():
+            raise StreamError(
+                f"{stream.name}, task {task.name}, metric: {task.metric} contains METEOR, which cannot run here.",
+                expected="Java on the path and `pip install mllm_cl[caption]`",
+                fix="install them, or set `metric: captions` (a public stream: stream.options.scoring=corrected).",
+            )
         if recipe.evaluation.split == "validation" and not len(task.validation):
             raise StreamError(
                 f"{stream.name}, task {task.name}: has no validation rows, which evaluation.split asks for.",

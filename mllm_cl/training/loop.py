@@ -12,8 +12,9 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from mllm_cl.streams import Stream, Task, load_benchmark, stream_of_section
 from mllm_cl.streams.fingerprint import digest_rows
 from mllm_cl.streams.validate import ensure_valid
 from mllm_cl.training.arguments import runs_on_cpu, training_arguments
+from mllm_cl.training.budget import check_stored, check_trainable
 from mllm_cl.training.capabilities import build_methods, check_stream
 from mllm_cl.training.checkpoint import last_checkpoint
 from mllm_cl.training.learner import Learner
@@ -44,13 +46,17 @@ from mllm_cl.training.run_folder import RunFolder, environment, find_run, start_
 from mllm_cl.training.seeds import derived_seed
 from mllm_cl.training.trainer import ContinualTrainer
 
+AfterStage = Callable[[Path, int], str | None]
+"""Run folder and stage -> where the stage went, or `None` if it went nowhere and is to be offered again."""
 
-def run_stream(recipe: Recipe, progress: Progress | None = None) -> RunFolder:
+
+def run_stream(recipe: Recipe, progress: Progress | None = None, after_stage: AfterStage | None = None) -> RunFolder:
     """Runs a recipe from its beginning, or from where an interrupted run of it stopped.
 
     Args:
         recipe: what to run; `recipe.output_dir` is where.
         progress: where progress is shown; nowhere by default.
+        after_stage: called once with every trained stage after it has been measured; give it to the main process only.
 
     Returns:
         the folder with the matrix, the adapters of every stage and the ledger.
@@ -70,6 +76,7 @@ def run_stream(recipe: Recipe, progress: Progress | None = None) -> RunFolder:
     for stage, task in enumerate(stream, start=1):
         run.learn(stage, task)
         run.measure(stage)
+        run.hand_over(stage, after_stage)
 
     run.complete()
     return run.folder
@@ -117,6 +124,8 @@ class Run:
         args = training_arguments(self.recipe.training, checkpoints, derived_seed(self.recipe.seed, "training", stage))
         with self.progress.waiting(f"{name}: preparing"):
             trainer = ContinualTrainer(args=args, task=task, stream=self.stream, learner=self.learner)
+        if stage == 1:
+            check_trainable(self.recipe.budget, self.learner.parameters(), self.learner.lora.r)
         trainer.remove_callback(PrinterCallback)  # prints dictionaries between the progress bars
         facts: dict[str, Any] = {
             "trained": trainer.rows > 0,
@@ -150,6 +159,7 @@ class Run:
                 self.learner.save_states(place)
         self.state.wait_for_everyone()
         facts["stored_bytes"] = folder_bytes(folder / "adapter") + folder_bytes(folder / "method")
+        check_stored(self.recipe.budget, facts["stored_bytes"], self._name(stage))
         sha256 = folder_sha256(folder / "adapter")
         self.ledger.append("stage_trained", stage=stage, task=task.name, adapter_sha256=sha256, **facts)
         if self.state.is_main_process:
@@ -242,6 +252,15 @@ class Run:
             return None
         current = self.stream[max(stage, 1) - 1]
         return self.learner.router(self.learner.context(current, self.stream, Accelerator()), task)
+
+    def hand_over(self, stage: int, after_stage: AfterStage | None) -> None:
+        """Gives a stage to whoever publishes it, unless the ledger says where it went."""
+        entry = self._trained(stage)
+        if after_stage is None or entry is None or not entry["trained"] or self.ledger.find("published", stage=stage):
+            return
+        place = after_stage(self.folder.root, stage)
+        if place is not None:
+            self.ledger.append("published", stage=stage, place=place)
 
     def complete(self) -> None:
         """Writes the matrix a last time and marks the run as complete."""

@@ -36,7 +36,6 @@ from mllm_cl.training.arguments import DEFAULTS
 from mllm_cl.training.capabilities import check_lora
 
 MIB = 2**20
-_LOOKED_AT = 512  # rows whose length is looked at
 # bytes per trainable parameter; optimizers that are not listed count like AdamW
 _OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 4, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2}
 _ADAMW_BYTES = 8
@@ -85,7 +84,7 @@ def estimate_memory(
     Args:
         recipe: what would be run.
         methods: its methods.
-        train, test: rows of its tasks; the longest of the first few hundred are taken.
+        train, test: rows of its tasks; the longest of them are taken.
         libraries: bytes that the process holds already.
 
     Raises:
@@ -139,11 +138,10 @@ def estimate_memory(
 
 
 def longest(processor: Any, rows: Sequence[Row], count: int) -> list[Row]:
-    """Returns the longest of the first rows: what a batch can be at worst."""
-    looked_at = [rows[index] for index in range(min(len(rows), max(count, _LOOKED_AT)))]
-    counts = token_counts(processor, looked_at)
-    order = sorted(range(len(looked_at)), key=lambda index: -counts[index])
-    return [looked_at[index] for index in order[:count]]
+    """Returns the longest rows: what a batch can be at worst."""
+    counts = token_counts(processor, rows)
+    order = sorted(range(len(rows)), key=lambda index: -counts[index])
+    return [rows[index] for index in order[:count]]
 
 
 def _adapters_at_once(policy: str, max_rank: int, rank: int) -> float:

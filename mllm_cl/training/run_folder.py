@@ -83,7 +83,7 @@ def _check_same(folder: RunFolder, recipe: Recipe) -> None:
 
 
 def recipe_differences(first: Recipe, second: Recipe) -> list[str]:
-    """Returns `key: old -> new` for every setting that differs, `output_dir` and `name` left out."""
+    """Returns `key: old -> new` for every setting that differs, `output_dir`, `name` and `hub` left out."""
 
     def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict) and value:
@@ -91,8 +91,8 @@ def recipe_differences(first: Recipe, second: Recipe) -> list[str]:
             return {key: child for part in parts for key, child in part.items()}
         return {prefix: value}
 
-    one = flatten(first.model_dump(mode="json", exclude={"output_dir", "name"}))
-    two = flatten(second.model_dump(mode="json", exclude={"output_dir", "name"}))
+    one = flatten(first.model_dump(mode="json", exclude={"output_dir", "name", "hub"}))
+    two = flatten(second.model_dump(mode="json", exclude={"output_dir", "name", "hub"}))
     return [
         f"{key}: {one.get(key)} -> {two.get(key)}"
         for key in sorted(one.keys() | two.keys())

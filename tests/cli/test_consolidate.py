@@ -131,9 +131,7 @@ def test_mistakes_are_explained_and_write_nothing(arguments, message, make_folde
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "somebody/else"}))
     named = {"one", "missing", "dora", "narrow", "other-base"}
-    done = call(
-        "consolidate", *(tmp_path / a if a in named else a for a in arguments), "--out", tmp_path / "out"
-    )
+    done = call("consolidate", *(tmp_path / a if a in named else a for a in arguments), "--out", tmp_path / "out")
     assert done.code == 2, done.out + done.trace
     assert message in done.err
     assert not list(tmp_path.glob("out*"))

@@ -20,6 +20,7 @@ from mllm_cl.cli.demo_recipes import METHODS, demo_recipe, recipe_text
 
 ROOT = Path(__file__).resolve().parents[2]
 VERBS = ["demo", "run", "evaluate", "matrix", "report", "compare", "consolidate", "data", "methods", "doctor"]
+VERBS += ["push", "pull", "export"]
 HELPED = [*([verb] for verb in VERBS), *(["data", verb] for verb in ("list", "show", "validate", "prepare"))]
 
 Call = Callable[..., Any]
@@ -316,6 +317,28 @@ def test_doctor(call: Call) -> None:
     assert re.search(r"transformers\s+ok\s+5", out)
     assert re.search(r"tiny-llava\s+ok", out)
     assert "everything required works" in out
+
+
+def test_doctor_estimates_a_recipe(
+    call: Call, base_recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mllm_cl.cli import environment, recipe_check
+
+    recipe_file = tmp_path / "recipe.yaml"
+    recipe_file.write_text(yaml.safe_dump(base_recipe | {"name": "x", "output_dir": "x"}), encoding="utf-8")
+    monkeypatch.setattr(environment, "check_model", lambda: environment.Check("tiny-llava", "ok", "left out"))
+    out = ok(call("doctor", recipe_file)).out
+    for part in ("weights", "adapters", "optimizer", "activations", "methods", "evaluation", "peak"):
+        assert re.search(rf"{part}\s+[\d.]+ [MG]iB", out), part
+    assert "tokens" in out
+    monkeypatch.setattr(recipe_check, "free_bytes", lambda: 2**20)
+    outcome = call("doctor", recipe_file)
+    assert outcome.code == 2
+    assert "does not fit" in outcome.err
+    assert "gradient_accumulation_steps" in outcome.err
+    outcome = call("doctor", recipe_file, "training.deepspeed={zero_optimization: {stage: 3}}")
+    assert outcome.code == 2
+    assert "zero3 does not work" in outcome.err
 
 
 def test_doctor_reports_what_is_broken(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

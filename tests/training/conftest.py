@@ -36,11 +36,17 @@ METHODS: dict[str, list[Any]] = {
     "lwf": ["lwf"],
     "ewc": [{"ewc": {"strength": 5.0, "samples": 6}}],
     "spectral_consolidation": ["spectral_consolidation"],
-    "inquiry_regularization": [{"inquiry_regularization": {"pool": "POOL", "rollout": 2, "inquiry_memory": 4, "ratio": 0.5}}],
+    "inquiry_regularization": [
+        {"inquiry_regularization": {"pool": "POOL", "rollout": 2, "inquiry_memory": 4, "ratio": 0.5}}
+    ],
     "llava_c": [
         {"spectral_consolidation": {"strength": 0.7}},
         {"inquiry_regularization": {"pool": "POOL", "rollout": 2, "inquiry_memory": 4, "ratio": 0.5}},
     ],
+    "derpp": [{"derpp": {"size": 8, "ratio": 0.4}}],
+    "agem": [{"agem": {"size": 8, "batch": 4}}],
+    "si": [{"si": {"strength": 5.0, "damping": 0.1}}],
+    "inflora": [{"inflora": {"samples": 6, "energy": 0.5}}],
     "oracle": [{"task_adapters": {"router": "oracle"}}],
     "prototype": [{"task_adapters": {"router": "prototype", "samples": 6}}],
 }

@@ -42,6 +42,10 @@ VARIANTS: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
     "spectral_consolidation": ("spectral_consolidation", ONE, TWO),
     "inquiry_regularization": ("inquiry_regularization", ONE, TWO),
     "llava_c": ("llava_c", ONE, ACCUMULATED),
+    "derpp": ("derpp", ONE, ACCUMULATED),
+    "agem": ("agem", ONE, ACCUMULATED),
+    "si": ("si", ONE, TWO),
+    "inflora": ("inflora", ONE, TWO),
     "oracle": ("oracle", ONE, TWO),
     "prototype": ("prototype", ONE, ACCUMULATED),
     # one inquiry in all rows: in most steps one process has none; LoRA in the vision tower: its process has no image
@@ -121,8 +125,14 @@ def test_two_processes_learn_what_one_learns(name, both):
         for key, tensor in expected.items():
             if "lora_" in key and len(file.parts) == 4 and name in ("stacked", "spectral_consolidation", "llava_c"):
                 continue  # factors of an SVD are unique only together; their product is compared below
+            # logits in half precision; eigenvectors of a near-degenerate spectrum, which magnify what two sums differ by
+            rounding = {"derpp": 1e-3, "inflora": 1e-2}.get(name, 1e-5) if "method" in file.parts else 1e-5
             torch.testing.assert_close(
-                found[key], tensor, atol=1e-5, rtol=1e-4, msg=lambda m, f=file, k=key: f"{f} {k}: {m}"
+                found[key],
+                tensor,
+                atol=rounding,
+                rtol=1e-4,
+                msg=lambda m, f=file, k=key: f"{f} {k}: {m}",
             )
         for key in expected:
             if key.endswith("lora_A.weight"):
@@ -187,7 +197,7 @@ def test_two_processes_killed_and_started_again(both, model_folder, stream_file,
     assert code != 0
     assert "Signal 9" in log or "SIGKILL" in log
     checkpoints = Path(killed.output_dir) / "stages/02-task-2/checkpoints"
-    assert [path.name for path in checkpoints.iterdir()] == ["checkpoint-1"]
+    assert {path.name for path in checkpoints.iterdir()} == {"cache", "checkpoint-1"}
     assert (checkpoints / "checkpoint-1/random-1.json").exists()
     code, _, log = torchrun([{"name": "k", "recipe": killed.model_dump(mode="json")}], tmp_path)
     assert code == 0, log

@@ -38,7 +38,7 @@ LLAVA_C: dict[str, dict[str, Any]] = {
     "before the matrix": {"at": "replace:matrix.json", "n": 2},
     "between the tasks": {"at": f"{TRAINER}.__init__", "n": 2},
     "rollouts of the second task": {
-        "at": "mllm_cl.methods.inquiry_regularization:InquiryRegularization._with_targets",
+        "at": "mllm_cl.methods.inquiry_regularization:InquiryRegularization._hold",
         "n": 3,
     },
     "a step of the second task": {"at": f"{TRAINER}.training_step", "n": 5},

@@ -41,6 +41,7 @@ class ScorerEntry(NamedTuple):
         kind: what it takes and gives.
         version: raised whenever a score can change; part of every cache key.
         scale: what a score is multiplied by in a report: 100 for percent, 1 for points.
+        needs_java: it is nothing without METEOR, which needs Java and the extra `[caption]`.
     """
 
     scorer: Callable[..., Any]
@@ -49,6 +50,7 @@ class ScorerEntry(NamedTuple):
     kind: Kind = "score"
     version: int = 1
     scale: float = 100.0
+    needs_java: bool = False
 
 
 EACH = "each"
@@ -133,7 +135,12 @@ SCORERS: dict[str, ScorerEntry] = {
     # captions
     "coco_caption": _E(_A(caption_scorers.coco_caption, "CIDEr"), "seven caption metrics", "official", "aggregate"),
     "ucit_caption": _E(
-        _A(caption_scorers.coco_caption, "average_percent"), "their mean, in percent", "ucit", "aggregate", scale=1.0
+        _A(caption_scorers.coco_caption, "average_percent"),
+        "their mean, in percent",
+        "ucit",
+        "aggregate",
+        scale=1.0,
+        needs_java=True,
     ),
 }  # fmt: skip
 
