@@ -63,7 +63,8 @@ class SpectralConsolidation(Method):
         adapter: Literal["fresh", "continued"] = "fresh",
     ) -> None:
         self.rate, self.strength, self.match, self.schedule = rate, strength, match, schedule
-        self.granularity, self.cap, self.rate_options = granularity, cap, dict(rate_options or {})
+        self.granularity, self.cap = granularity, cap
+        self.rate_options: dict[str, Any] = dict(rate_options or {})
         self.other_rate = other_rate
         self.adapters = "stacked" if adapter == "fresh" else "one"
         self.needs = frozenset() if adapter == "fresh" else frozenset({"previous"})
