@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: venv demo test lint docs study format clean
+.PHONY: venv demo test coverage lint docs study format clean
 
 venv: $(VENV)/installed
 
@@ -22,6 +22,9 @@ demo: venv
 	$(BIN)/mllm-cl demo
 
 test: venv
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+coverage: venv
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --cov --cov-report=term:skip-covered
 
 lint: venv
