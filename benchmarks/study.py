@@ -7,8 +7,10 @@
 
 Chapters: `pilot` (SAC variants on the same pair of checkpoints, at equal update norm), `presets` (UIR presets and
 weights), `chain` (SAC variants with UIR in the loop), `streams` (the default against the other methods on three streams,
-two orders), `together` (with a small replay, with per-task adapters), `spectra` (singular values of the updates).
-Choices are made on validation splits (`pilot`, `presets`, `chain`); `streams` and `together` report on test splits.
+two orders), `pretraining` (the general mixture source by source, from a model that can only describe pictures),
+`together` (with a small replay, with per-task adapters), `spectra` (singular values of the updates).
+Choices are made on validation splits (`pilot`, `presets`, `chain`), with half of the quickstart stream's training rows;
+`streams`, `pretraining` and `together` report on test splits, with all of them.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 
 from run_grid import ROOT, Job, general_at, read, read_all, run_all, spread, table
 from study_pair import pilot_rows, spectra_rows
+from study_pretraining import make_captioner, pretraining_jobs
 
 PAGE = ROOT / "docs" / "llava_c.md"
 SAC, UIR = "spectral_consolidation", "inquiry_regularization"
@@ -35,6 +38,7 @@ COLUMNS = {
     "just learnt": "mean_finetune_accuracy",
     "backward transfer": "backward_transfer",
 }
+HALF = {"stream": {"limit": {"train": 320, "validation": 80}}}
 SHORT = {"training": {"num_train_epochs": 1}, "stream": {"limit": {"train": 160, "validation": 40, "test": 40}}}
 
 PRESETS: dict[str, list[Any]] = {
@@ -46,15 +50,17 @@ PRESETS: dict[str, list[Any]] = {
     "uir_memory, weight 1": [SAC, {UIR: {"weight": 1.0}}],
     "uir_memory, weight 4": [SAC, {UIR: {"weight": 4.0}}],
     "uir_memory, ratio 0.5": [SAC, {UIR: {"ratio": 0.5}}],
+    "uir_memory, ratio 2": [SAC, {UIR: {"ratio": 2.0}}],
 }
 CHAIN: dict[str, list[Any]] = {
     "UIR alone": [UIR],
     **{
         f"UIR + {rate} {strength}": [{SAC: {"rate": rate, "strength": strength}}, UIR]
-        for rate in ("uniform", "saturate", "power_down", "power_up", "wiener")
-        for strength in (0.7, 0.9)
+        for rate, strength in (
+            *((rate, 0.9) for rate in ("uniform", "saturate", "power_down", "power_up", "wiener", "overlap")),
+            *((rate, 0.7) for rate in ("uniform", "saturate", "power_up")),
+        )
     },
-    "UIR + overlap 0.9": [{SAC: {"rate": "overlap", "strength": 0.9}}, UIR],
 }
 METHODS: dict[str, list[Any]] = {
     "finetune": ["finetune"],
@@ -77,11 +83,26 @@ TOGETHER: dict[str, list[Any]] = {
 
 
 def jobs_of(
-    variants: dict[str, list[Any]], *, seeds: Sequence[int], split: str, streams: Sequence[str], orders: Sequence[str]
+    variants: dict[str, list[Any]],
+    *,
+    seeds: Sequence[int],
+    split: str,
+    streams: Sequence[str],
+    orders: Sequence[str],
+    changes: dict[str, Any] | None = None,
 ) -> list[Job]:
     """All combinations, methods of one setting together so that a table fills row by row."""
     return [
-        Job(label, methods, stream, TASKS[stream][::-1] if order == "reversed" else None, order, seed, split)
+        Job(
+            label,
+            methods,
+            stream,
+            TASKS[stream][::-1] if order == "reversed" else None,
+            order,
+            seed,
+            split,
+            changes or {},
+        )
         for seed in seeds
         for stream in streams
         for order in orders
@@ -89,20 +110,22 @@ def jobs_of(
     ]
 
 
-def chapters(seeds: Sequence[int]) -> dict[str, list[Job]]:
+def chapters(output: Path, seeds: Sequence[int]) -> dict[str, list[Job]]:
     """The runs of each chapter that consists of runs."""
     one, given, both = ("quickstart",), ("given",), ("given", "reversed")
+    choosing: dict[str, Any] = {"split": "validation", "streams": one, "orders": given, "changes": HALF}
     return {
-        "presets": jobs_of(PRESETS, seeds=seeds[:1], split="validation", streams=one, orders=given),
-        "chain": jobs_of(CHAIN, seeds=seeds[:1], split="validation", streams=one, orders=given),
+        "presets": jobs_of(PRESETS, seeds=seeds[:1], **choosing),
+        "chain": jobs_of(CHAIN, seeds=seeds[:1], **choosing),
         "streams": jobs_of(METHODS, seeds=seeds, split="test", streams=tuple(TASKS), orders=both),
+        "pretraining": pretraining_jobs(output.resolve(), seeds),
         "together": jobs_of(TOGETHER, seeds=seeds, split="test", streams=one, orders=given),
     }
 
 
 def short(job: Job) -> Job:
     """The same run with few rows and one epoch: shows that everything works, decides nothing."""
-    return replace(job, label=f"short {job.label}", changes=SHORT)
+    return replace(job, label=f"short {job.label}", changes=job.changes | SHORT)
 
 
 def results(jobs: Sequence[Job], output: Path) -> list[str]:
@@ -123,7 +146,7 @@ def results(jobs: Sequence[Job], output: Path) -> list[str]:
 def by_setting(jobs: Sequence[Job], output: Path) -> list[str]:
     """One table per stream and order."""
     lines: list[str] = []
-    for stream in TASKS:
+    for stream in dict.fromkeys(job.stream for job in jobs):
         for order in ("given", "reversed"):
             own = [job for job in jobs if (job.stream, job.order_name) == (stream, order)]
             if any(read(job, output) for job in own):
@@ -141,7 +164,7 @@ def put(text: str, name: str, lines: Sequence[str]) -> str:
 
 
 def main() -> None:
-    known = ("pilot", "presets", "chain", "streams", "together", "spectra")
+    known = ("pilot", "presets", "chain", "streams", "pretraining", "together", "spectra")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/study"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -151,17 +174,19 @@ def main() -> None:
     parser.add_argument("--report-only", action="store_true")
     given = parser.parse_args()
 
-    planned = chapters(given.seeds[:1] if given.reduced else given.seeds)
+    planned = chapters(given.output, given.seeds[:1] if given.reduced else given.seeds)
     if given.reduced:
         planned = {name: [short(job) for job in jobs if job.order_name == "given"] for name, jobs in planned.items()}
     writers: dict[str, Callable[[], list[str]]] = {
         "pilot": lambda: pilot_rows(given.output / "pair", SHORT if given.reduced else {}, given.report_only),
         "spectra": lambda: spectra_rows(given.output / "pair"),
         **{name: lambda name=name: results(planned[name], given.output) for name in ("presets", "chain", "together")},
-        "streams": lambda: by_setting(planned["streams"], given.output),
+        **{name: lambda name=name: by_setting(planned[name], given.output) for name in ("streams", "pretraining")},
     }
     text = PAGE.read_text(encoding="utf-8")
     for name in given.chapters:
+        if name == "pretraining" and not given.report_only:
+            make_captioner(given.output.resolve(), 4_000 if given.reduced else 16_000)
         if name in planned and not given.report_only:
             run_all(planned[name], given.output, given.jobs)
         lines = writers[name]()

@@ -28,7 +28,7 @@ from _tiny_llava_training import prepare, train_all, train_eyes
 from rich.console import Console
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from mllm_cl.data.builders.general import general_pictures, general_rows
+from mllm_cl.data.builders.general import KINDS, general_pictures, general_rows
 from mllm_cl.data.rows import Rows
 from mllm_cl.evaluation.engine import GenerationSettings, generate
 from mllm_cl.models.tiny import build_model, build_processor, tiny_llava_folder, train_tokenizer
@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pictures", type=int, default=38_000)
     parser.add_argument("--questions", type=int, default=4, help="asked about each picture")
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), help="ask nothing else (default: everything)")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--vocabulary", type=int, default=640)
@@ -112,10 +113,9 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
 
     console.print(f"drawing {args.pictures} pictures")
-    pictures = list(general_pictures("train", args.pictures, args.questions, args.seed))
-    texts = (
-        text for _, questions in pictures[:8000] for question in questions for text in (question.text, question.answer)
-    )
+    pictures = list(general_pictures("train", args.pictures, args.questions, args.seed, args.kinds))
+    everything = general_pictures("train", 8000, 4, args.seed)  # whatever is asked, the vocabulary is the same
+    texts = (text for _, questions in everything for question in questions for text in (question.text, question.answer))
     processor = build_processor(train_tokenizer(texts, args.vocabulary))
     model = build_model(processor, seed=args.seed)
     samples, pixels = prepare(processor, pictures, args.seed)

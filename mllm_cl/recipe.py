@@ -230,12 +230,22 @@ def _plain(source: dict[str, Any]) -> dict[str, Any]:
 
 
 def _anchor_paths(content: dict[str, Any], folder: Path) -> None:
-    """A stream path in a recipe file is relative to that file when it is found there, else to the working directory."""
+    """Files named in a recipe file are relative to it when they are found there, else to the working directory.
+
+    That is the stream's `path`, and any option of a method that is the name of a file.
+    """
+    methods = content.get("methods")
+    entries = [entry for entry in methods if isinstance(entry, dict)] if isinstance(methods, list) else []
+    options = [own for entry in entries for own in entry.values() if isinstance(own, dict)]
     stream = content.get("stream")
-    if isinstance(stream, dict) and isinstance(stream.get("path"), str):
-        beside = folder / stream["path"]
-        if not Path(stream["path"]).is_absolute() and beside.exists():
-            stream["path"] = os.path.abspath(beside)
+    places = [(stream, "path")] if isinstance(stream, dict) else []
+    for section, key in [*places, *((own, key) for own in options for key in own)]:
+        value = section.get(key)
+        if not isinstance(value, str) or not value or Path(value).is_absolute():
+            continue
+        beside = folder / value
+        if beside.is_file() or (section is stream and beside.exists()):
+            section[key] = os.path.abspath(beside)
 
 
 class _Loader(yaml.SafeLoader):

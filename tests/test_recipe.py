@@ -218,6 +218,20 @@ def test_a_stream_beside_the_recipe_is_found(tmp_path, monkeypatch):
     assert load_recipe(missing).stream.path == "there.yaml"
 
 
+def test_a_file_that_a_method_reads_is_found_beside_the_recipe(tmp_path):
+    (tmp_path / "questions.txt").write_text("What is this?\n")
+    path = write(
+        tmp_path,
+        "name: x\noutput_dir: r\nstream: {name: quickstart}\nmethods:\n"
+        "  - inquiry_regularization: {pool: questions.txt, preset: uir_self}\n"
+        "  - spectral_consolidation\n",
+    )
+    options = load_recipe(path).methods[0].options
+    assert options == {"pool": str(tmp_path / "questions.txt"), "preset": "uir_self"}
+    (tmp_path / "uir_self").mkdir()  # a folder is no file, and general is a word
+    assert load_recipe(path).methods[0].options["preset"] == "uir_self"
+
+
 def test_a_recipe_does_not_change():
     recipe = load_recipe(SMALLEST)
     with pytest.raises(ValueError, match="frozen"):

@@ -39,6 +39,9 @@ STREAMS: dict[str, Entry] = {
     ),
     "study-letters": Entry("mllm_cl.data.builders.study:build_letters", "four small tasks on letters of real fonts"),
     "study-surfaces": Entry("mllm_cl.data.builders.study:build_surfaces", "four small tasks on photographed surfaces"),
+    "study-mixture": Entry(
+        "mllm_cl.data.builders.study_mixture:build", "the general mixture by source, for a model that can only describe"
+    ),
     "coin": _public("coin", "CoIN, 8 tasks: ScienceQA, TextVQA, ImageNet, GQA, VizWiz, Grounding, VQAv2, OCR-VQA"),
     "ucit": _public("ucit", "UCIT, 6 tasks: ImageNet-R, ArxivQA, VizWiz, IconQA, CLEVR-Math, Flickr30k"),
     "mllm-dcl": _public("mllm_dcl", "MLLM-CL's 5 domains: remote sensing, medicine, driving, science, finance"),
@@ -67,6 +70,9 @@ BENCHMARKS: dict[str, Entry] = {
     "quickstart-general": Entry(
         "mllm_cl.data.builders.general:benchmark",
         "held-out part of the general mixture that tiny-llava was pre-trained on",
+    ),
+    "study-captions": Entry(
+        "mllm_cl.data.builders.study_mixture:captions", "descriptions of the general mixture's pictures"
     ),
     "vqav2": _general("short_answers:vqav2", "VQAv2, validation split", "vqa:strict"),
     "gqa": _general("short_answers:gqa", "GQA, balanced test-dev split", "gqa:strict"),

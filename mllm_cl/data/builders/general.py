@@ -14,7 +14,7 @@ them.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -185,13 +185,16 @@ def ask(picture: Picture, kind: str, rng: np.random.Generator, held_out: bool = 
     return Question(kind, text, filled[1])
 
 
-def ask_several(picture: Picture, count: int, rng: np.random.Generator) -> list[Question]:
+def ask_several(
+    picture: Picture, count: int, rng: np.random.Generator, among: Collection[str] | None = None
+) -> list[Question]:
     """Returns up to `count` different questions about one picture, in training paraphrases.
 
-    They are of different kinds unless the family has fewer kinds than that.
+    They are of different kinds, `among` those given, unless the family has fewer kinds than that.
     """
     kinds = [kind for kind, (families, _) in KINDS.items() if picture.family in families]
     kinds *= -(-count // len(kinds)) if len(kinds) < 3 else 1
+    kinds = [kind for kind in kinds if among is None or kind in among]
     weights = np.array([WEIGHTS.get(kind, 1.0) for kind in kinds])
     # weighted order without replacement (Efraimidis and Spirakis, 2006)
     order = np.argsort(rng.exponential(size=len(kinds)) / weights)
@@ -227,13 +230,18 @@ def generator(name: str, seed: int) -> np.random.Generator:
 
 
 def general_pictures(
-    split: Split, count: int, questions: int, seed: int = 0
+    split: Split, count: int, questions: int, seed: int = 0, kinds: Collection[str] | None = None
 ) -> Iterator[tuple[Picture, list[Question]]]:
-    """Yields pictures, each with several questions: what pre-training learns from."""
+    """Yields pictures, each with several questions (of some `kinds` only): what pre-training learns from.
+
+    A picture that none of the kinds can be asked about is left out.
+    """
     rng = generator(f"general-pictures/{split}", seed)
     for _ in range(count):
         picture = draw_picture(rng, split)
-        yield picture, ask_several(picture, questions, rng)
+        asked = ask_several(picture, questions, rng, kinds)
+        if asked:
+            yield picture, asked
 
 
 def general_rows(split: Split, *, size: int | None = None, seed: int = 0) -> Rows:
