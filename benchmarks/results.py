@@ -50,6 +50,7 @@ def page(output: Path, jobs: list[Job]) -> str:
         f"seeds. tiny-llava, LoRA r 8 on the language part, {settings}; every method with its defaults unless",
         "`benchmarks/results.py` says otherwise. The general benchmark (`quickstart-general`) is at",
         f"{spread([general_at(example, 0)])} % before the first task. Nothing here was chosen on test rows.",
+        "Seconds depend on what else the machine did: `benchmarks/step_overhead.py` compares the cost of steps.",
         "",
         "```bash",
         "python benchmarks/results.py --output runs/results --jobs 2",
