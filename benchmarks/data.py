@@ -1,7 +1,7 @@
 """Reading at scale: indexing a LLaVA JSON, validating rows and images, and ten million rows in parquet shards.
 
     python benchmarks/data.py json --rows 665000
-    python benchmarks/data.py parquet --rows 10000000
+    python benchmarks/data.py parquet --rows 10000000 --shuffled 300000
     python benchmarks/data.py validate --rows 20000 --images 2000
     python benchmarks/data.py json --rows 665000 --with-datasets      the same by plain datasets.load_dataset
 
@@ -158,26 +158,35 @@ def iterate_parquet(folder: Path, most: int, is_shuffled: bool) -> dict[str, Any
     from mllm_cl.data.readers import read_rows
 
     rows = read_rows(folder)
-    started = time.perf_counter()
+    before, highest = anonymous_mib(), 0.0
+    started, used = time.perf_counter(), time.process_time()
     count = 0
     for _ in shuffled(rows) if is_shuffled else rows:
         count += 1
+        if count % 10_000 == 0:
+            highest = max(highest, anonymous_mib())
         if count == most:
             break
-    return {"rows": count, "rows/s": round(count / (time.perf_counter() - started))}
+    return {"rows": count, **rates(count, started, used), "MiB grown while iterating": round(highest - before, 1)}
+
+
+def rates(count: int, started: float, used: float) -> dict[str, int]:
+    """Rows per second since two readings of the clocks, and per second of CPU time."""
+    seconds, cpu = time.perf_counter() - started, time.process_time() - used
+    return {"rows/s": round(count / seconds), "rows/CPU s": round(count / cpu)}
 
 
 def iterate_with_datasets(folder: Path, most: int, cache: str) -> dict[str, Any]:
     import datasets
 
     rows: Any = datasets.load_dataset("parquet", data_files=f"{folder}/*.parquet", split="train", cache_dir=cache)
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     count = 0
     for _ in rows:
         count += 1
         if count == most:
             break
-    return {"rows": count, "rows/s": round(count / (time.perf_counter() - started))}
+    return {"rows": count, **rates(count, started, used)}
 
 
 def validate(path: Path, images: Path, check: str, workers: int) -> dict[str, Any]:
@@ -185,6 +194,38 @@ def validate(path: Path, images: Path, check: str, workers: int) -> dict[str, An
 
     problems = validate_file(path, image_folder=images, checks=Checks(images=check, workers=workers))  # type: ignore[arg-type]
     return {"problems": len(problems)}
+
+
+def python_share(path: Path, images: Path, rounds: int = 5) -> dict[str, Any]:
+    """What a validation costs beyond what the decoder itself does: the two in turn, medians of CPU time."""
+    from statistics import median
+
+    from PIL import Image
+
+    from mllm_cl.data.validate import Checks, validate_file
+
+    files = sorted((images / "images").glob("*.jpg"))
+
+    def decode() -> None:
+        for file in files:
+            with Image.open(file) as image:
+                image.draft("RGB", (64, 64))
+                image.load()
+
+    def check(workers: int) -> None:
+        assert not validate_file(path, image_folder=images, checks=Checks(workers=workers))
+
+    def cpu(function: Callable[[], None]) -> float:
+        started = time.process_time()
+        function()
+        return time.process_time() - started
+
+    ratios: dict[str, list[float]] = {"1 thread": [], "8 threads": []}
+    for _ in range(rounds):
+        bare = cpu(decode)
+        for name, workers in (("1 thread", 1), ("8 threads", 8)):
+            ratios[name].append(cpu(lambda workers=workers: check(workers)) / bare)
+    return {f"CPU of validating / of decoding alone, {name}": round(median(found), 2) for name, found in ratios.items()}
 
 
 def make_validation(folder: Path, rows: int, images: int) -> Path:
@@ -197,12 +238,22 @@ def make_validation(folder: Path, rows: int, images: int) -> Path:
     return path
 
 
+def make_plain(folder: Path, images: int) -> Path:
+    path = folder / "plain.jsonl"
+    rows = ({"id": n, "query": "<image>What?", "response": "red", "image": f"images/{n}.jpg"} for n in range(images))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("json", "parquet", "validate"))
     parser.add_argument("--rows", type=int, required=True)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--most", type=int, default=0, help="rows to iterate over; all by default")
+    parser.add_argument(
+        "--shuffled", type=int, default=0, help="rows to iterate over in shuffled order; as --most by default"
+    )
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--with-datasets", action="store_true")
     options = parser.parse_args()
@@ -223,7 +274,7 @@ def main() -> None:
             measure("open (first time, converts)", open_parquet, folder / "shards")
             measure("open (again)", open_parquet, folder / "shards")
             measure("iterate", iterate_parquet, folder / "shards", most, False)
-            measure("iterate shuffled", iterate_parquet, folder / "shards", most, True)
+            measure("iterate shuffled", iterate_parquet, folder / "shards", options.shuffled or most, True)
             if options.with_datasets:
                 measure("datasets.load_dataset", iterate_with_datasets, folder / "shards", most, cache)
         else:
@@ -231,6 +282,7 @@ def main() -> None:
             for check in ("none", "exists", "header", "decode"):
                 for workers in (1, 8):
                     measure(f"images {check}, {workers} threads", validate, path, folder, check, workers)
+            measure("share of Python, one row per image", python_share, make_plain(folder, options.images), folder)
 
 
 if __name__ == "__main__":

@@ -99,15 +99,25 @@ def duplicate_table(duplicates: Sequence[Shared]) -> list[list[str]]:
     rows = [["shared", "first", "second", "rows of the second", "share", "for example"]]
     for shared in duplicates:
         share = f"{100 * shared.count / shared.rows:.1f} %"
-        example = " = ".join(shared.example)
+        example = " = ".join(map(repr, shared.example))  # an id may hold what steers a terminal
         rows.append([shared.kind, shared.first, shared.second, f"{shared.count} of {shared.rows}", share, example])
     return rows
 
 
 def sheet_row(row: Row, split: str, processor: ProcessorMixin) -> dict[str, Any]:
-    """Returns what the template shows of one row."""
-    from mllm_cl.data.rows import reference_answers
+    """Returns what the template shows of one row.
 
+    Raises:
+        DataError: the row has a mistake that a validation would name.
+    """
+    from mllm_cl.data.rows import reference_answers
+    from mllm_cl.data.validate import check_row
+    from mllm_cl.errors import DataError
+
+    for _, message, fix in check_row(row, split):
+        raise DataError(
+            f"{split} row {row['id']!r}: {message}", fix=f"{fix} `mllm-cl data validate` lists all mistakes."
+        )
     return {
         "id": row["id"],
         "split": split,

@@ -144,6 +144,9 @@ def image_references(raw: Mapping[str, Any], root: str) -> list[Any]:
             raise RowError(
                 f"the row has `{key}`.", kind="wrong_type", expected="images only", fix="turn frames into `images`."
             )
+    if not is_missing(raw.get("tools")) and raw["tools"] not in ("[]", "{}"):
+        fix = "remove `tools` if the answers call none, else the row."
+        raise RowError("the row has `tools`.", kind="wrong_type", expected="no tool calls", fix=fix)
     for key in ("images", "image"):
         value = raw.get(key)
         if not is_missing(value):

@@ -136,6 +136,9 @@ def _receive(remote: Remote, part: Path, progress: Progress | None) -> None:
     with response:
         if start and response.status != 206:
             start = 0  # the server sends everything again
+        elif start and not _begins_at(response.headers.get("Content-Range"), start):
+            part.unlink()  # another part than asked for: begin again
+            raise _CutOff
         elif start and progress:
             progress(start)
         length = response.headers.get("Content-Length")
@@ -143,6 +146,11 @@ def _receive(remote: Remote, part: Path, progress: Progress | None) -> None:
             come = _copy(response, file, remote, start, progress)
     if length is not None and come != int(length):
         raise _CutOff
+
+
+def _begins_at(content_range: str | None, start: int) -> bool:
+    """True if an answer with a part says nothing about where it begins, or that it begins there."""
+    return content_range is None or content_range.strip().lower().startswith(f"bytes {start}-")
 
 
 def _copy(response: IO[bytes], file: IO[bytes], remote: Remote, start: int, progress: Progress | None) -> int:

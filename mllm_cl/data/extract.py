@@ -7,10 +7,12 @@ extraction goes on.
 
 from __future__ import annotations
 
+import lzma
 import shutil
 import stat
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -55,7 +57,9 @@ def extract(
         if tarfile.is_tarfile(archive):
             with tarfile.open(archive) as opened:
                 return _unpack(_tar_members(archive, opened), archive, folder, progress, most_files, most_bytes)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError) as error:
+    except (RuntimeError, NotImplementedError) as error:  # a password, a method of compression that Python lacks
+        raise DataError(f"{archive}: cannot be unpacked here ({error}).", fix="unpack it by hand.") from error
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError) as error:
         raise DataError(
             f"{archive}: the archive is damaged ({error}).", fix="delete it and download it again."
         ) from error
@@ -96,6 +100,7 @@ def _unpack(
     most_bytes: int,
 ) -> list[Path]:
     checked: dict[Path, Member] = {}
+    folders: set[Path] = set()
     total = 0
     for member in members:
         safe_name(archive, member.name)
@@ -106,6 +111,9 @@ def _unpack(
         total += member.size
         if target in checked:
             raise _refused(archive, member.name, "a second entry of this path")
+        folders.update(target.parents)
+        if target in folders or any(parent in checked for parent in target.parents):
+            raise _refused(archive, member.name, "a file and a folder at once")
         if len(checked) >= most_files or total > most_bytes:
             raise _refused(archive, member.name, f"more than {most_files:,} files or {most_bytes:,} bytes")
         checked[target] = member
@@ -116,17 +124,22 @@ def _unpack(
         if not (target.is_file() and target.stat().st_size == member.size):
             target.parent.mkdir(parents=True, exist_ok=True)
             part = target.with_name(target.name + ".part")
-            with member.open() as source, part.open("wb") as file:
-                shutil.copyfileobj(source, file, 1 << 20)
-            if part.stat().st_size != member.size:
-                part.unlink()
-                raise DataError(
-                    f"{archive}: {member.name!r} is not {member.size:,} bytes long.", fix="download it again."
-                )
+            try:
+                _copy(member, part, archive)
+            except BaseException:
+                part.unlink(missing_ok=True)
+                raise
             part.rename(target)
         if progress:
             progress(member.size)
     return list(checked)
+
+
+def _copy(member: Member, part: Path, archive: Path) -> None:
+    with member.open() as source, part.open("wb") as file:
+        shutil.copyfileobj(source, file, 1 << 20)
+    if part.stat().st_size != member.size:
+        raise DataError(f"{archive}: {member.name!r} is not {member.size:,} bytes long.", fix="download it again.")
 
 
 def safe_name(archive: Path, name: str) -> None:

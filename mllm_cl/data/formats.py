@@ -22,6 +22,7 @@ from mllm_cl.data.content import (
     type_name,
     wrong_type,
 )
+from mllm_cl.data.grounding import fill_objects
 from mllm_cl.data.problems import RowError
 from mllm_cl.data.rows import Row, message_text, text_block
 from mllm_cl.errors import DataError, suggest
@@ -40,7 +41,7 @@ _ROLES = {
     "bard": "assistant",
 }
 _QUESTION_KEYS = ("query", "question")
-_RESPONSE_KEYS = ("response", "answer")
+_PAIR_KEYS = ("conversation", "texts")
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,31 @@ def _role(value: Any, key: str, roles: Mapping[str, str]) -> str:
     return roles[value]
 
 
-def _conversation_turns(raw: Mapping[str, Any], format: str, roles: Mapping[str, str]) -> Iterator[Turn]:
-    if isinstance(raw.get("system"), str) and raw["system"]:
+def _system_turn(raw: Mapping[str, Any], turns: Any = ()) -> Iterator[Turn]:
+    """The text of `system`, unless the conversation begins with a system turn of its own."""
+    first = turns[0] if isinstance(turns, (list, tuple)) and turns else None
+    has_own = isinstance(first, Mapping) and "system" in (first.get("from"), first.get("role"))
+    if isinstance(raw.get("system"), str) and raw["system"] and not has_own:
         yield "system", raw["system"], "system"
-    for number, turn in enumerate(_records(_required(raw, "conversations", format), "conversations")):
+
+
+def _check_weight(turn: Mapping[str, Any], key: str) -> None:
+    for name in ("loss", "weight"):
+        value = turn.get(name)
+        if value is not None and not value:
+            raise RowError(
+                f"`{key}.{name}` is {value!r}: an answer that is not to be learnt.",
+                kind="wrong_type",
+                expected="answers that are all learnt",
+                fix="move the answer's text into the question before it, or remove the row.",
+            )
+
+
+def _conversation_turns(raw: Mapping[str, Any], format: str, roles: Mapping[str, str]) -> Iterator[Turn]:
+    conversation = _required(raw, "conversations", format)
+    yield from _system_turn(raw, conversation)
+    for number, turn in enumerate(_records(conversation, "conversations")):
+        _check_weight(turn, f"conversations[{number}]")
         key = f"conversations[{number}]"
         role, text = (turn.get("from", turn.get("role")), turn.get("value", turn.get("content")))
         if role is None or text is None:
@@ -115,13 +137,24 @@ def _sharegpt_turns(raw: Mapping[str, Any]) -> Iterator[Turn]:
 def _message_turns(value: Any, key: str) -> Iterator[Turn]:
     for number, turn in enumerate(_records(value, key)):
         place = f"{key}[{number}]"
+        _check_weight(turn, place)
         yield _role(turn.get("role"), place, _ROLES), turn.get("content"), place
 
 
 def _messages_turns(raw: Mapping[str, Any]) -> Iterator[Turn]:
-    if isinstance(raw.get("system"), str) and raw["system"]:
-        yield "system", raw["system"], "system"
-    yield from _message_turns(_required(raw, "messages", "messages"), "messages")
+    messages = _required(raw, "messages", "messages")
+    yield from _system_turn(raw, messages)
+    yield from _message_turns(messages, "messages")
+
+
+def _pair_turns(raw: Mapping[str, Any]) -> Iterator[Turn]:
+    key = next((name for name in _PAIR_KEYS if raw.get(name) is not None), _PAIR_KEYS[0])
+    yield from _system_turn(raw)
+    for number, pair in enumerate(_records(_required(raw, key, "turn_pairs"), key)):
+        for names, role in ((("human", "user"), "user"), (("assistant",), "assistant")):
+            name = next((name for name in names if pair.get(name) is not None), None)
+            if name is not None:
+                yield role, pair[name], f"{key}[{number}].{name}"
 
 
 def _prompt_turns(raw: Mapping[str, Any]) -> Iterator[Turn]:
@@ -148,7 +181,7 @@ def _query_turns(raw: Mapping[str, Any]) -> Iterator[Turn]:
 def _alpaca_turns(raw: Mapping[str, Any]) -> Iterator[Turn]:
     instruction = _required(raw, "instruction", "alpaca")
     if isinstance(instruction, str) and isinstance(raw.get("input"), str) and raw["input"]:
-        instruction = f"{instruction}\n{raw['input']}"
+        instruction = f"{instruction}\n{raw['input']}" if instruction else raw["input"]
     yield from _framed_turns(raw, instruction, "instruction")
     if not is_missing(raw.get("output")):
         yield "assistant", raw["output"], "output"
@@ -156,8 +189,7 @@ def _alpaca_turns(raw: Mapping[str, Any]) -> Iterator[Turn]:
 
 def _framed_turns(raw: Mapping[str, Any], question: Any, key: str) -> Iterator[Turn]:
     """The system text, the pairs of `history` and the question, as ms-swift and LLaMA-Factory order them."""
-    if isinstance(raw.get("system"), str) and raw["system"]:
-        yield "system", raw["system"], "system"
+    yield from _system_turn(raw)
     for number, pair in enumerate(raw.get("history") or []):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise wrong_type(f"history[{number}]", pair, "a pair [question, answer]")
@@ -187,6 +219,11 @@ FORMATS: dict[str, RowFormat] = {
     ),
     "alpaca": _format(
         "`instruction`, `input`, `output`, `images`", "instruction input output system history", _alpaca_turns
+    ),
+    "turn_pairs": _format(
+        "`conversation` of `human` and `assistant`, or `texts` of `user` and `assistant`; `images`",
+        "conversation texts system",
+        _pair_turns,
     ),
 }
 
@@ -221,6 +258,10 @@ def detect_row_format(raw: Mapping[str, Any]) -> tuple[str, str] | None:
         if "images" not in has and all(isinstance(role, str) and role in _LLAVA_ROLES for role in roles):
             return "llava", "it has `conversations` of `from` human/gpt"
         return "sharegpt", "it has `conversations` with `images` or with other roles than human/gpt"
+    for key in _PAIR_KEYS:
+        keys = _first_keys(raw.get(key))
+        if "assistant" in keys and {"human", "user"} & keys:
+            return "turn_pairs", f"it has `{key}` of questions and answers"
     if "prompt" in has:
         return "prompt_completion", "it has `prompt`"
     if "instruction" in has and has & {"output", "input"}:
@@ -231,6 +272,12 @@ def detect_row_format(raw: Mapping[str, Any]) -> tuple[str, str] | None:
         if key in has:
             return "query_response", f"it has `{key}`"
     return None
+
+
+def _first_keys(records: Any) -> set[str]:
+    """The keys of the first of some records, whichever way Arrow stored them."""
+    first = records[0] if isinstance(records, (list, tuple)) and records else records
+    return set(first) if isinstance(first, Mapping) else set()
 
 
 def convert_row(
@@ -267,6 +314,7 @@ def convert_row(
         blocks, references = content_blocks(content, role, key)
         messages.append({"role": role, "content": blocks})
         inline += [resolve_image(reference, image_root, key) for reference in references]
+    fill_objects(messages, raw.get("objects"))
     images = image_references(raw, image_root) or inline
     answers = answer_texts(raw)
     is_answered = bool(messages) and messages[-1]["role"] == "assistant"

@@ -1,8 +1,9 @@
 """The order in which processes go through rows: shuffled, each row exactly once, and continued at any point.
 
-For loops of your own over streams of any length (transformers' Trainer brings its own sampler). A permutation is computed
-position by position, so nothing of the length of the data is kept: position -> row by a four-round Feistel network over
-the next power of four, walking on while the result lies beyond the last row.
+For loops of your own over streams of any length. The trainer uses transformers' sampler, which gives the same guarantees
+but keeps a number per row (tests/training/test_row_order.py). Here a permutation is computed position by position, so
+nothing of the length of the data is kept: position -> row by a four-round Feistel network over the next power of four,
+walking on while the result lies beyond the last row.
 """
 
 from __future__ import annotations

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from mllm_cl.data.content import own_id
+from mllm_cl.data.dataset_info import FILE_NAME, Described, open_described
 from mllm_cl.data.formats import FORMATS, check_format, convert_row, detect_row_format
 from mllm_cl.data.problems import RowError
 from mllm_cl.data.rows import Origin, Row, Rows
 from mllm_cl.data.sources import JsonSource, Labels, TableSource
 from mllm_cl.errors import DataError
 
-Source = JsonSource | TableSource
+Source = JsonSource | TableSource | Described
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 _SPLIT_IN_NAME = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|val|dev)(?=[/_.-]|$)")
@@ -44,7 +45,8 @@ def read_rows(
     Args:
         path (`str` or `Path`): `.json` (a list, or JSONL under that name), `.jsonl`, `.parquet`, `.arrow`; a folder
             written by `save_to_disk`, of parquet shards, or anything `datasets.load_dataset` reads; a Hub id
-            `owner/name` or `owner/name:config`. `@name` at the end picks a split by name: `owner/name@testdev`.
+            `owner/name` or `owner/name:config`. `@name` at the end picks a split by name: `owner/name@testdev`, or a data
+            set that LLaMA-Factory's `dataset_info.json` describes: `data/dataset_info.json@name`.
         format (`str`, defaults to `"auto"`): a key of `mllm_cl.data.formats.FORMATS`; `"auto"` looks at the first rows.
         image_folder (`str` or `Path`, *optional*): what relative image paths are relative to; by default the
             folder of `path`.
@@ -103,7 +105,7 @@ def read_rows_by(
     check_format(format)
     labels = Labels(label_of)
     source, place, root = _open_source(path, split, labels)
-    if isinstance(source, TableSource):
+    if isinstance(source.source if isinstance(source, Described) else source, TableSource):
         for index in range(len(source)):
             labels.add(index, source[index])
     format, reason = _detect(source, place) if format == "auto" else (format, "as asked for")
@@ -170,6 +172,8 @@ def _known_id(raw: Any) -> str | None:
 
 
 def _detect(source: Source, place: str) -> tuple[str, str]:
+    if isinstance(source, Described):
+        return source.format, f"as {FILE_NAME} says"
     first: RowError | None = None
     keys: list[str] = []
     for index in range(min(len(source), _SAMPLE)):
@@ -204,6 +208,8 @@ def _open_source(path: str | Path, split: str, labels: Labels | None = None) -> 
         text, wanted = text.rsplit("@", 1)
         target = Path(text).expanduser()
     try:
+        if target.name == FILE_NAME and target.is_file():
+            return _open_described(target, wanted, labels), text, str(target.parent)
         if target.is_file():
             return _open_file(target, labels), str(target), str(target.parent)
         if target.is_dir():
@@ -215,6 +221,17 @@ def _open_source(path: str | Path, split: str, labels: Labels | None = None) -> 
         raise _missing(target)
     name, _, config = hub_id.partition(":")
     return TableSource(_load(name, split, wanted, text, config or None)), text, ""
+
+
+def _open_described(path: Path, name: str | None, labels: Labels | None) -> Described:
+    def open_file(target: str, split: str | None) -> tuple[Any, str]:
+        source, place, _ = _open_source(target, split or "train", labels)
+        return source, place
+
+    def open_hub(hub_id: str, subset: str | None, split: str) -> TableSource:
+        return TableSource(_load(hub_id, split, None, hub_id, subset))
+
+    return open_described(path, name, open_file, open_hub)
 
 
 def hub_id_of(text: str) -> str | None:

@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from mllm_cl.data.blocks import BLOCK_BYTES, BlockSource
 from mllm_cl.data.content import own_id
+from mllm_cl.data.heads import check_head
 from mllm_cl.data.problems import RowError
 from mllm_cl.errors import DataError
 
@@ -94,7 +96,7 @@ def _is_in(ordered: np.ndarray, value: int) -> bool:
     return place < len(ordered) and int(ordered[place]) == value
 
 
-class JsonSource(Sequence[Any]):
+class JsonSource(BlockSource):
     """The rows of a `.json` list or a `.jsonl` file, read from disk one by one.
 
     Args:
@@ -128,9 +130,17 @@ class JsonSource(Sequence[Any]):
         return len(self.starts)
 
     def __getitem__(self, index):  # type: ignore[override]
+        return parse_json(self.take(index))
+
+    def read_items(self, start: int, stop: int) -> list[bytes]:
+        begin, last = self.starts[start], start
+        while last + 1 < stop and self.starts[last + 1] + self.lengths[last + 1] - begin <= BLOCK_BYTES:
+            last += 1
         with self.path.open("rb") as file:
-            file.seek(self.starts[index])
-            return parse_json(file.read(self.lengths[index]))
+            file.seek(begin)
+            data = file.read(self.starts[last] + self.lengths[last] - begin)
+        places = (self.starts[index] - begin for index in range(start, last + 1))
+        return [data[place : place + self.lengths[index]] for index, place in enumerate(places, start)]
 
 
 def parse_json(data: bytes) -> Any:
@@ -153,10 +163,7 @@ def _is_lines(path: Path) -> bool:
     """True for JSONL, also when such a file is called `.json`."""
     with path.open("rb") as file:
         head = file.read(1 << 16)
-        if not head.strip():
-            raise DataError(f"{path}: the file is empty.", expected="a list of rows", fix="fill or remove it.")
-        if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise DataError(f"{path}: the file is UTF-16.", expected="UTF-8", fix=_UTF8_FIX)
+        check_head(path, head)
         if path.suffix.lower() in (".jsonl", ".ndjson"):
             return True
         head = head.removeprefix(codecs.BOM_UTF8).lstrip()
@@ -316,7 +323,7 @@ class _Window:
         )
 
 
-class TableSource(Sequence[Any]):
+class TableSource(BlockSource):
     """The rows of a `datasets.Dataset`, with encoded images left encoded.
 
     Args:
@@ -331,6 +338,7 @@ class TableSource(Sequence[Any]):
             if encoded != feature:
                 dataset = dataset.cast_column(name, encoded)
         self.dataset = dataset
+        self.most = max(1, int(BLOCK_BYTES * len(dataset) / max(1, dataset.data.nbytes)))  # rows of a block
         self.numbers: Sequence[int] = range(1, len(dataset) + 1)
         book = IdBook()
         keys = [key for key in ("id", "question_id") if key in dataset.column_names]
@@ -347,7 +355,13 @@ class TableSource(Sequence[Any]):
         return len(self.dataset)
 
     def __getitem__(self, index):  # type: ignore[override]
-        return self.dataset[index]
+        return self.take(index)
+
+    def read_items(self, start: int, stop: int) -> list[Any]:
+        if stop == start + 1:
+            return [self.dataset[start]]
+        columns = self.dataset[start : min(stop, start + self.most)]
+        return [dict(zip(columns, cells)) for cells in zip(*columns.values())]
 
 
 def _without_decoding(feature: Any) -> Any:

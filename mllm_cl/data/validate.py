@@ -7,8 +7,9 @@ training and evaluation rely on; keys that nobody knows are no problem.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +27,11 @@ from mllm_cl.errors import DataError
 ImageCheck = Literal["decode", "header", "exists", "none"]
 Progress = Callable[[str, int, int], None]
 Finding = tuple[str, str, str]  # kind, message, fix
+_Use = tuple[int, str | None, Any]  # position and id of a row, and an image of it
+_UnderWay = tuple[int, list[_Use], list[Future[list[Finding | None]]]]  # rows done after it, images, their findings
 
-_BATCH = 256
+_BATCH = 64  # rows whose images are handed over together
+_CHUNK = 8  # images that a thread takes at a time
 _ROLES = ("system", "user", "assistant")
 
 
@@ -39,7 +43,7 @@ class Checks:
         images (`str`, defaults to `"decode"`): `"decode"` finds truncated files, `"header"` files that are no images,
             `"exists"` only missing ones, `"none"` leaves images alone.
         progress (`Callable`, *optional*): called with (name of the split, rows done, rows).
-        workers (`int`, defaults to 8): threads that open images.
+        workers (`int`, defaults to 8): threads that open images while rows are read; Pillow's decoders run side by side.
     """
 
     images: ImageCheck = "decode"
@@ -124,24 +128,35 @@ def check_split(
         report.problems.append(Problem(name, None, None, "empty_split", f"the {split} split has no rows.", "add rows."))
         return report
     first_use: dict[str, int] = {}
+    under_way: deque[_UnderWay] = deque()
+
+    def finish() -> None:
+        stop, images, futures = under_way.popleft()
+        findings = (found for future in futures for found in future.result())
+        for (index, row_id, _), found in zip(images, findings):
+            if found:
+                report.problems.append(_located(rows, index, row_id, name, found))
+        if checks.progress:
+            checks.progress(name, stop, len(rows))
+
     with ThreadPoolExecutor(max_workers=checks.workers) as pool:
         for start in range(0, len(rows), _BATCH):
             stop = min(start + _BATCH, len(rows))
-            pending: dict[str, tuple[int, str | None, Any]] = {}
+            images: list[_Use] = []
             for index in range(start, stop):
                 row = _check_one(rows, index, split, name, report, first_use)
                 for reference in _images_of(row):
                     key = image_key(reference)
                     if key not in report.images:
                         report.images[key] = index
-                        pending[key] = (index, _id_of(row), reference)
-            if checks.images != "none":
-                results = pool.map(lambda entry: _check_image(entry[2], checks.images), pending.values())
-                for (index, row_id, _), found in zip(pending.values(), results):
-                    if found:
-                        report.problems.append(_located(rows, index, row_id, name, found))
-            if checks.progress:
-                checks.progress(name, stop, len(rows))
+                        images.append((index, _id_of(row), reference))
+            wanted = [image[2] for image in images] if checks.images != "none" else []
+            chunks = (wanted[place : place + _CHUNK] for place in range(0, len(wanted), _CHUNK))
+            under_way.append((stop, images, [pool.submit(_check_images, chunk, checks.images) for chunk in chunks]))
+            while len(under_way) > 1 + checks.workers // _CHUNK:  # few, because embedded images are held in memory
+                finish()
+        while under_way:
+            finish()
     report.problems.sort(key=lambda problem: problem.row or 0)
     return report
 
@@ -291,8 +306,12 @@ def _check_answers(row: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]
         yield "empty_answer", "the answer is empty.", "fill in the answer, or remove the row."
 
 
+def _check_images(references: Sequence[Any], check: ImageCheck) -> list[Finding | None]:
+    """Returns what is wrong with each of some images; runs in a thread."""
+    return [_check_image(reference, check) for reference in references]
+
+
 def _check_image(reference: Any, check: ImageCheck) -> Finding | None:
-    """Returns what is wrong with one image; runs in a thread."""
     for path in image_files(reference):
         if not os.path.isfile(path):
             message = f"the image {path!r} does not exist."

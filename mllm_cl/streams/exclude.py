@@ -51,7 +51,8 @@ def write_exclusions(path: Path, problems: Iterable[tuple[str, str, Problem]]) -
             },
         )
         entry["id"] = entry["id"] or problem.id
-    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines.values()))
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines.values())
+    write_text(path, text.encode("utf-8", "backslashreplace").decode())  # half a surrogate pair as JSON's own escape
     return len(lines)
 
 

@@ -70,7 +70,7 @@ OFFICIAL: dict[str, dict[str, str]] = {
         "Py150": "edit_similarity", "ScienceQA": "first_letter", "NumGLUE-cm": "exact_match_strict",
         "NumGLUE-ds": "exact_match_strict", "20Minuten": "sari",
     },
-    "aide": dict.fromkeys(("tcr", "vbr", "der", "dbr"), "exact_match"),
+    "aide": dict.fromkeys(("tcr", "vbr", "der", "dbr"), "macro_f1"),
     "mipd": dict.fromkeys(("count", "nearest", "side", "light", "road"), "exact_match"),
     "interhand": dict.fromkeys(("handedness", "gesture", "bend", "touch", "relation"), "exact_match"),
 }  # fmt: skip
@@ -131,7 +131,7 @@ ROWS: dict[str, tuple[str, str, int, dict[str, Any]]] = {
         "Flickr30k", "test", 1,
         asked(
             "1", "What is it? (1)", ["A green square.", "a picture"], "folder/dataset/Flickr30k/images/test_1.png",
-            raw=raw(1, ["A green square.", "a picture"]),
+            raw=raw(1, ["A green square.", "a picture"], answer_form="caption"),
         ),
     ),
     "fcit-task": (
@@ -273,6 +273,17 @@ def test_a_missing_folder_and_missing_files_are_named(name: str, public_folder: 
     assert "to fix: download it" in str(caught.value)
     with pytest.raises(DataError):
         load(name, tmp_path)
+
+
+def test_other_measures_of_the_same_answers(public_folder: FolderOf) -> None:
+    cvit = load("cvit", public_folder("cvit"), measure="format")
+    assert {task.metric for task in cvit} == {"mif"}
+    forms = {task.name: task.test[0]["answer_form"] for task in cvit}  # type: ignore[typeddict-item]
+    assert forms == dict.fromkeys(forms, "short") | {"ScienceQA": "letter", "Flickr30k": "caption"}
+    assert {task.metric for task in load("aide", public_folder("aide"), measure="accuracy")} == {"exact_match"}
+    for name in ("cvit", "aide"):
+        with pytest.raises(DataError, match="measure"):
+            load(name, public_folder(name), measure="taste")
 
 
 def test_all_missing_files_are_named_at_once(public_folder: FolderOf, tmp_path: Path) -> None:

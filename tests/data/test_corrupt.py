@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 from collections.abc import Callable
@@ -39,6 +40,22 @@ FILES: dict[str, tuple[str, bytes, str]] = {  # name: file, content, message
     "latin-1 in one line": ("a.jsonl", rows({}).encode() + b'\n{"query": "caf\xe9", "response": "A"}', "not UTF-8"),
     "latin-1 in a list": ("a.json", b'[{"query": "caf\xe9", "response": "A"}]', "not UTF-8 near byte 15"),
     "UTF-16": ("a.jsonl", rows({}).encode("utf-16"), "the file is UTF-16"),
+    "UTF-16 without a mark": ("a.json", "[]".encode("utf-16-le"), "the file is UTF-16"),
+    "UTF-32": ("a.jsonl", rows({}).encode("utf-32-le"), "the file is UTF-32"),
+    "UTF-32 with a mark": ("a.jsonl", rows({}).encode("utf-32"), "the file is UTF-32"),
+    "a pointer": ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
+    "a web page": ("a.json", b"\n<!DOCTYPE html><html>404</html>", "a web page"),
+    "gzip": ("a.jsonl", gzip.compress(rows({}).encode()), "compressed with gzip"),
+    "a parquet file": ("a.json", b"PAR1....", "give it the ending .parquet"),
+    "a table cut off": ("a.parquet", b"PAR1" + bytes(100), "datasets cannot read it"),
+    "no number as number": ("a.jsonl", b'{"query": "Q", "response": NaN}', "does not end with an answer"),
+    "a list as query": ("a.jsonl", rows({"query": [1]}).encode(), "`query[0]` is a number"),
+    "an object as answer": ("a.jsonl", rows({"response": {"a": 1}}).encode(), "`response` is an object"),
+    "a null query": ("a.jsonl", rows({"query": None}).encode(), "no known format"),
+    "images as a number": ("a.jsonl", rows({"images": 3}).encode(), "`images` is a number"),
+    "a URL": ("a.jsonl", rows({"images": ["https://example.org/a.png"]}).encode(), "is the URL"),
+    "broken base64": ("a.jsonl", rows({"images": ["data:image/png;base64,???"]}).encode(), "followed by base64"),
+    "deep nesting": ("a.jsonl", rows({}).encode() + b"\n" + b"[" * 100_000, "not JSON"),
     "half an emoji": (
         "a.jsonl",
         rows({"query": "\\ud83d"}).encode().replace(b"\\\\u", b"\\u"),

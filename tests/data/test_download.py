@@ -57,6 +57,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(body) - start))
+        if start and self.lab.shift:
+            self.send_header("Content-Range", f"bytes {start - self.lab.shift}-{len(body) - 1}/{len(body)}")
         self.send_header("Content-Type", "application/json")
         self.end_headers()
         cut = self.lab.cuts.pop(0) if self.command == "GET" and self.lab.cuts else 0
@@ -73,7 +75,7 @@ class Lab:
         self.redirects: dict[str, str] = {}
         self.seen: list[tuple[str, dict[str, str]]] = []
         self.cuts: list[int] = []
-        self.has_ranges, self.status = True, 404
+        self.has_ranges, self.status, self.shift = True, 404, 0
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, self))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -118,6 +120,12 @@ def test_a_cut_connection_goes_on(lab: Lab, tmp_path: Path, has_ranges: bool) ->
     ranges = [headers.get("Range") for _, headers in lab.seen]
     if has_ranges:
         assert ranges == [None, f"bytes={len(CONTENT) - 9000}-", f"bytes={len(CONTENT) - 500}-"]
+
+
+def test_a_server_that_sends_another_part_is_asked_from_the_beginning(lab: Lab, tmp_path: Path) -> None:
+    lab.cuts, lab.shift = [9000], 7
+    assert fetch(lab.remote(), tmp_path, waits=(0, 0)).read_bytes() == CONTENT
+    assert [headers.get("Range") for _, headers in lab.seen] == [None, f"bytes={len(CONTENT) - 9000}-", None]
 
 
 def test_an_interrupted_run_goes_on_with_the_next(lab: Lab, tmp_path: Path) -> None:
@@ -214,6 +222,19 @@ def tarred(path: Path, *entries: tuple[str, bytes], kind: bytes = tarfile.REGTYP
     return path
 
 
+def chained(path: Path) -> Path:
+    """A link to the folder above, and a file behind it."""
+    with tarfile.open(path, "w") as archive:
+        for number, (name, target) in enumerate((("a", "."), ("a/b", ".."), ("c", "a/b/.."))):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = (tarfile.SYMTYPE, target) if number != 2 else (tarfile.LNKTYPE, target)
+            archive.addfile(info)
+        info = tarfile.TarInfo("a/b/evil")
+        info.size = 1
+        archive.addfile(info, io.BytesIO(b"x"))
+    return path
+
+
 GOOD = (("a.txt", b"one"), ("images/b.txt", b"two"))
 
 
@@ -242,6 +263,14 @@ ESCAPES: list[tuple[str, Callable[[Path], Path], str]] = [
     ("hard link", lambda p: tarred(p / "x.tar", ("x", b""), kind=tarfile.LNKTYPE, link="../y"), "is a link"),
     ("device", lambda p: tarred(p / "x.tar", ("x", b""), kind=tarfile.CHRTYPE), "is a link or a device"),
     ("folder out", lambda p: tarred(p / "x.tar", ("../x", b""), kind=tarfile.DIRTYPE), "is a path with `..`"),
+    ("link chain", lambda p: chained(p / "x.tar"), "is a link or a device"),
+    ("fifo", lambda p: tarred(p / "x.tar", ("x", b""), kind=tarfile.FIFOTYPE), "is a link or a device"),
+    ("backslash inside", lambda p: zipped(p / "x.zip", *GOOD, ("images\\c.txt", b"")), "not a path below"),
+    ("backslash root", lambda p: zipped(p / "x.zip", *GOOD, ("\\windows\\x", b"")), "is an absolute path"),
+    ("tar drive", lambda p: tarred(p / "x.tar", *GOOD, ("c:\\x", b"")), "is an absolute path"),
+    ("zip device", lambda p: zipped(p / "x.zip", ("x", b""), mode=0o020666), "is a link or a device"),
+    ("file and folder", lambda p: zipped(p / "x.zip", ("a/b", b"1"), ("a", b"2")), "is a file and a folder at once"),
+    ("folder and file", lambda p: tarred(p / "x.tar", ("a", b"1"), ("a/b", b"2")), "is a file and a folder at once"),
     ("twice", lambda p: tarred(p / "x.tar", *GOOD, ("./a.txt", b"")), "is a second entry of this path"),
 ]
 
@@ -256,6 +285,44 @@ def test_archives_that_try_to_escape_write_nothing(make: Callable, part: str, tm
     assert sorted(item.name for item in tmp_path.iterdir()) == [archive.name]
 
 
+def broken_stream(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a", bytes(range(256)) * 40)
+    data = bytearray(path.read_bytes())
+    data[40:60] = b"\xff" * 20
+    path.write_bytes(data)
+
+
+def rewritten(path: Path, find: bytes, replace: bytes) -> Path:
+    data = path.read_bytes()
+    assert find in data
+    path.write_bytes(data.replace(find, replace))
+    return path
+
+
+def test_archives_that_lie_about_sizes_or_want_a_password(tmp_path: Path) -> None:
+    path = zipped(tmp_path / "huge.zip", ("a", b"x" * 1000))
+    rewritten(path, (1000).to_bytes(4, "little"), (2**32 - 2).to_bytes(4, "little"))  # sizes stored and unfolded
+    with pytest.raises(DataError, match="more than"):
+        extract(path, tmp_path / "out", most_bytes=10**9)
+    assert not (tmp_path / "out").exists()
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a", bytes(5_000_000))
+    with pytest.raises(DataError, match="1,000,000 bytes"):
+        extract(tmp_path / "bomb.zip", tmp_path / "out", most_bytes=10**6)
+    rewritten(tmp_path / "bomb.zip", (5_000_000).to_bytes(4, "little"), (50).to_bytes(4, "little"))
+    with pytest.raises(DataError, match="the archive is damaged"):  # no more than the 50 bytes is written on the way
+        extract(tmp_path / "bomb.zip", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+    locked = zipped(tmp_path / "locked.zip", ("secret-entry", b"x"))
+    data = bytearray(locked.read_bytes())
+    data[6] |= 1
+    data[data.index(b"PK\x01\x02") + 8] |= 1
+    locked.write_bytes(data)
+    with pytest.raises(DataError, match=r"cannot be unpacked here.*password"):
+        extract(locked, tmp_path / "out")
+
+
 def test_damaged_and_endless_archives(tmp_path: Path) -> None:
     archive = zipped(tmp_path / "x.zip", ("a", os.urandom(2000)))
     with pytest.raises(DataError, match="more than 5 files or 100 bytes"):
@@ -265,9 +332,14 @@ def test_damaged_and_endless_archives(tmp_path: Path) -> None:
     archive.write_bytes(data)
     with pytest.raises(DataError, match="the archive is damaged"):
         extract(archive, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
     (tmp_path / "y.zip").write_bytes(b"no archive")
     with pytest.raises(DataError, match="not an archive"):
         extract(tmp_path / "y.zip", tmp_path / "out")
+    broken_stream(tmp_path / "z.zip")
+    with pytest.raises(DataError, match="the archive is damaged"):
+        extract(tmp_path / "z.zip", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
     tar = tarred(tmp_path / "x.tar.gz", ("a", os.urandom(3000)))
     tar.write_bytes(tar.read_bytes()[:1500])
     with pytest.raises(DataError, match="the archive is damaged"):

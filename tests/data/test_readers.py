@@ -95,6 +95,8 @@ SAME_ROW = [  # one row in every format: name, row, is its format also detected
     ("query_response", {"query": "<image>What?", "response": "A cat", "images": ["a.png"]}),
     ("query_response", {"question": "What?", "answer": "A cat", "image": {"path": "a.png", "bytes": None}}),
     ("alpaca", {"instruction": "What?", "input": "", "output": "A cat", "images": ["a.png"]}),
+    ("turn_pairs", {"conversation": [{"human": "<image>What?", "assistant": "A cat"}], "images": ["a.png"]}),
+    ("turn_pairs", {"texts": [{"user": "What?", "assistant": "A cat", "source": "VQAv2"}], "images": ["a.png"]}),
 ]
 
 

@@ -12,11 +12,13 @@ spellings are tried); the readme's licence.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mllm_cl.data.builders.checks import Choices, ImageCount, ReadTextVqa
 from mllm_cl.data.builders.family import Family, Files, RowFunction, Scoring, TaskFiles, check_option
+from mllm_cl.data.rows import Row
 
 _TASKS: tuple[tuple[str, str, str, str | None, tuple[RowFunction, ...]], ...] = (
     ("ScienceQA", "test.json", "scienceqa_llava", None, (ImageCount(0), Choices())),
@@ -26,10 +28,22 @@ _TASKS: tuple[tuple[str, str, str, str | None, tuple[RowFunction, ...]], ...] = 
     ("GQA", "test.json", "gqa_llava", None, (ImageCount(),)),
     ("VQAv2", "val.json", "coin_exact_match", "exact_match", (ImageCount(),)),
 )
+_FORMS = {"ScienceQA": "letter", "Flickr30k": "caption"}  # the others ask for a word or two
+MEASURES = ("answers", "format")
 _FOLDERS = {
     "single": ("Instructions_Single",),
     "multi": ("Instructions_Multi", "Instructions_Multiple", "Instructions_multi"),
 }
+
+
+@dataclass(frozen=True)
+class AnswerForm:
+    """Adds the form that a task asks for, which `mif` reads."""
+
+    form: str
+
+    def __call__(self, row: Row, position: int) -> Row:
+        return {**row, "answer_form": self.form}  # type: ignore[typeddict-item]
 
 
 def _family(instructions: str) -> Family:
@@ -45,7 +59,7 @@ def _family(instructions: str) -> Family:
             ),
             metric,
             corrected=corrected,
-            functions=functions,
+            functions=(*functions, AnswerForm(_FORMS.get(name, "short"))),
             train_functions=() if name == "ScienceQA" else (ImageCount(),),
             references=ReadTextVqa("dataset/TextVQA/TextVQA_0.5.1_val.json") if name == "TextVQA" else None,
             max_new_tokens=128,
@@ -69,17 +83,31 @@ def _family(instructions: str) -> Family:
         gaps=(
             "row counts are unknown",
             "the official Flickr30k number is CIDEr against the best caption of a row; `cider` takes all captions, as usual",
-            "MIF (share of answers in the requested format) is not computed",
+            "MIF (share of answers in the requested form): `measure: format` scores every task by it; its official rule lets an "
+            "empty answer pass where a word or two are asked for",
         ),
     )
 
 
 def build(
-    root: str | Path | None = None, *, instructions: str = "single", scoring: Scoring = "official"
+    root: str | Path | None = None,
+    *,
+    instructions: str = "single",
+    scoring: Scoring = "official",
+    measure: str = "answers",
 ) -> list[dict[str, Any]]:
-    """Returns the six tasks; `instructions` is `single` or `multi`."""
+    """Returns the six tasks.
+
+    Args:
+        root: folder of the layout.
+        instructions (`str`): `single` or `multi`.
+        scoring (`str`): `official` or `corrected`.
+        measure (`str`): `answers`, or `format`: every task is scored by the form of its answers alone (MIF).
+    """
     check_option("instructions", instructions, tuple(_FOLDERS))
-    return _family(instructions).build(root, scoring=scoring)
+    check_option("measure", measure, MEASURES)
+    tasks = _family(instructions).build(root, scoring=scoring)
+    return [task | {"metric": "mif"} if measure == "format" else task for task in tasks]
 
 
 FAMILY = _family("single")

@@ -16,7 +16,18 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 from mllm_cl.errors import EvaluationError, suggest
-from mllm_cl.evaluation.scorers import boxes, choice, circular, numbers, overlap, text, vqa, yesno
+from mllm_cl.evaluation.scorers import (
+    boxes,
+    choice,
+    circular,
+    classes,
+    format_following,
+    numbers,
+    overlap,
+    text,
+    vqa,
+    yesno,
+)
 from mllm_cl.evaluation.scorers import captions as caption_scorers
 from mllm_cl.evaluation.scorers.exact_match import exact_match, exact_match_strict
 from mllm_cl.evaluation.scorers.profiles import BENCHMARK_SCORERS, PROFILES
@@ -53,6 +64,9 @@ class ScorerEntry(NamedTuple):
     needs_java: bool = False
 
 
+CHOICE_LIKELIHOOD = "choice_likelihood"
+"""Scores the likeliest choice instead of a generated answer, see `mllm_cl.evaluation.likelihood`."""
+
 EACH = "each"
 """`each:NAME,NAME`: tasks of several scorers that are learnt as one."""
 
@@ -63,16 +77,18 @@ SCORERS: dict[str, ScorerEntry] = {
     "exact_match_strict": _E(exact_match_strict, "equal character by character", version=2),
     "contains_words": _E(text.contains_words, "the reference's words stand in the answer"),
     "anls_strict": _E(text.anls_strict, "edit similarity, 0 below one half"),
-    "relaxed_accuracy": _E(numbers.relaxed_accuracy, "numbers within 5 %, else equal"),
+    "relaxed_accuracy": _E(numbers.relaxed_accuracy, "numbers within 5 %, else equal", version=2),
     "mathvista_answer": _E(numbers.mathvista, "last number or chosen option, without a judge"),
     "vqa_accuracy": _E(vqa.vqa_accuracy, "agreement with annotators, always normalised"),
     "multiple_choice": _E(choice.multiple_choice, "the option named beyond doubt"),
-    "yes_no": _E(yesno.yes_no, "first word yes or no"),
+    CHOICE_LIKELIHOOD: _E(choice.choice_likelihood, "the likeliest choice is right; nothing is generated"),
+    "yes_no": _E(yesno.yes_no, "first word yes or no", version=2),
+    "macro_f1": _E(_A(classes.macro_f1, "macro_f1"), "mean F1 of the classes, with the accuracy", kind="aggregate"),
     "ocr_contains": _E(text.ocr_contains, "the reference is part of the answer, blanks and case aside"),
     "box_iou": _E(boxes.box_iou, "intersection over union of the only box in the answer"),
     "box_accuracy@0.5": _E(boxes.box_accuracy, "intersection over union of at least 0.5"),
-    "pope_strict": _E(_A(yesno.pope, "f1"), "POPE; neither yes nor no is wrong", kind="aggregate"),
-    "mme_strict": _E(_A(yesno.mme, "share"), "share of the points of MME; first word yes or no", kind="aggregate"),
+    "pope_strict": _E(_A(yesno.pope, "f1"), "POPE; neither yes nor no is wrong", kind="aggregate", version=2),
+    "mme_strict": _E(_A(yesno.mme, "share"), "share of MME's points; first word yes or no", kind="aggregate", version=2),
     "mmbench_strict": _E(_A(circular.mmbench_strict, "circular"), "right under all rotations", kind="aggregate"),
     "captions": _E(_A(caption_scorers.captions, "CIDEr"), "CIDEr, with BLEU and ROUGE-L", "strict", "aggregate"),
     "cider": _E(_A(caption_scorers.captions, "CIDEr", single=True), "CIDEr-D", kind="aggregate"),
@@ -132,6 +148,7 @@ SCORERS: dict[str, ScorerEntry] = {
     "edit_similarity": _E(overlap.edit_similarity, "share of characters in matching blocks", "trace"),
     "first_letter": _E(overlap.first_letter, "option letter in front, rationale aside", "trace"),
     "sari": _E(overlap.sari, "words added, kept and deleted against the text that was simplified", "trace"),
+    "mif": _E(format_following.mif, "the answer has the form that was asked for", "smolora"),
     # captions
     "coco_caption": _E(_A(caption_scorers.coco_caption, "CIDEr"), "seven caption metrics", "official", "aggregate"),
     "ucit_caption": _E(
@@ -244,6 +261,7 @@ def scorer_identity(name: str) -> str:
 
 __all__ = [
     "BENCHMARK_SCORERS",
+    "CHOICE_LIKELIHOOD",
     "PROFILES",
     "SCORERS",
     "Scorer",

@@ -61,6 +61,12 @@ def multiple_choice(prediction: str, references: Sequence[str], choices: object 
     return float(bool(letter) and any(_letter_of(reference, options) == letter for reference in accepted(references)))
 
 
+def choice_likelihood(prediction: str, references: Sequence[str], **row_fields: object) -> float:
+    """Right if the likeliest choice is a reference; see `mllm_cl.evaluation.likelihood`, which finds it."""
+    answer = normalise(prediction)
+    return float(bool(answer) and any(answer == normalise(reference) for reference in accepted(references)))
+
+
 def _letter_of(reference: str, options: Mapping[str, str]) -> str:
     bare = reference.strip().strip("().").upper()
     if bare in options:

@@ -44,7 +44,8 @@ def chartqa_relaxed(prediction: str, references: Sequence[str], **row_fields: ob
 def relaxed_accuracy(prediction: str, references: Sequence[str], **row_fields: object) -> float:
     """`chartqa_relaxed` on cleaned text; an empty answer is wrong.
 
-    Ends, one final period, `$` in front and commas between groups of three digits are ignored; a percentage is compared
+    Ends, one final period, a currency sign in front and commas between groups of three digits are ignored; 5 % are met also
+    by what only rounding puts beyond (1.05 for 1); a percentage is compared
     with a percentage as it stands, and as a share with a number that has no percent sign. 0 must be met exactly.
     """
     said = normalise(prediction)
@@ -58,11 +59,11 @@ def _relaxed(said: str, wanted: str) -> bool:
     value, target = _share(first), _share(second)
     if value is None or target is None or not math.isfinite(value) or not math.isfinite(target):
         return False
-    return value == target if target == 0 else _close(value, target)
+    return abs(value - target) <= (0.05 + 1e-9) * abs(target)
 
 
 def _readable(text: str) -> str:
-    text = text.removeprefix("$").replace(" %", "%")
+    text = re.sub(r"^([-+]?)[$€£¥] ?", r"\1", text.replace("\u2212", "-")).replace(" %", "%")  # U+2212: the minus sign
     return text.replace(",", "") if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d+)?%?", text) else text
 
 

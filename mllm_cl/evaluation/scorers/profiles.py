@@ -6,7 +6,19 @@
 
 from __future__ import annotations
 
-PROFILES = ("strict", "official", "llava", "coin", "mllm_cl", "ucit", "lmms_eval", "vlmevalkit", "fcit", "trace")
+PROFILES = (
+    "strict",
+    "official",
+    "llava",
+    "coin",
+    "mllm_cl",
+    "ucit",
+    "lmms_eval",
+    "vlmevalkit",
+    "fcit",
+    "trace",
+    "smolora",
+)
 """`mllm_cl` is the profile of the MLLM-DCL / MLLM-ACL benchmarks (MCITlib), after their paper's name."""
 
 BENCHMARK_SCORERS: dict[str, dict[str, str]] = {

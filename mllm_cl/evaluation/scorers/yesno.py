@@ -24,6 +24,8 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 def read_yes_no(prediction: str) -> str:
     """Returns `yes` or `no` if that is the first word, alone or before a mark or blank; else `""`.
 
+    A word that goes on (`no-one`) and both words as alternatives (`yes/no`, `yes or no`) are neither.
+
     Example:
 
     ```python
@@ -33,7 +35,7 @@ def read_yes_no(prediction: str) -> str:
 
     ```
     """
-    match = re.match(r"[\s\"'*(]*(yes|no)(?!\w)", prediction, re.IGNORECASE)
+    match = re.match(r"[\s\"'*(]*(yes|no)(?!\w|[-/]\w|\s+or\s+(?:yes|no)\b)", prediction, re.IGNORECASE)
     return match.group(1).lower() if match else ""
 
 

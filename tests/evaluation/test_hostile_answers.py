@@ -1,0 +1,101 @@
+"""Answers that scorers of our own are easily wrong about, with verdicts from the definitions."""
+
+from __future__ import annotations
+
+import pytest
+
+from mllm_cl.evaluation.scorers import get_scorer
+
+CHOICES = ["a cat", "a dog", "a bird"]
+BOX = [[0.1, 0.2, 0.5, 0.6]]
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [
+        *[(text, 1) for text in ("The answer is (B).", "b", "**B**", "[B]", "Option B", "B) a dog", "A dog.", "B\n")],
+        *[
+            (text, 0)
+            for text in ("A and B", "Both", "not B", "I think it is B", "The answer is not B", "B. a cat", "BB", "")
+        ],
+        *[(text, 0) for text in ("The answer is B or C", "A bird sits", "D", " ")],
+    ],
+)
+def test_letters(answer: str, right: float) -> None:
+    assert get_scorer("multiple_choice")(answer, ["B"], choices=CHOICES) == right
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "right"),
+    [
+        *[
+            ("5%", "5", 0),
+            ("5%", "0.05", 1),
+            ("5 %", "5%", 1),
+            ("-5", "5", 0),
+            ("\u22125", "-5", 1),
+            ("1e3", "1000", 1),
+        ],
+        *[("1.05", "1", 1), ("0.95", "1", 1), ("1.0500001", "1", 0), ("0.01", "0", 0), ("0", "0", 1), ("", "0", 0)],
+        *[("$1,000.50", "1000.5", 1), ("-$5", "-5", 1), ("€12", "12", 1), ("1,00", "100", 0), ("10 apples", "10", 0)],
+    ],
+)
+def test_relaxed_numbers(answer: str, reference: str, right: float) -> None:
+    assert get_scorer("relaxed_accuracy")(answer, [reference]) == right
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "right"),
+    [
+        *[("Yes, there is", "yes", 1), ("**Yes**", "yes", 1), ("NO", "no", 1), ("yes or maybe", "yes", 1)],
+        *[
+            ("yesterday", "yes", 0),
+            ("none", "no", 0),
+            ("no-one", "no", 0),
+            ("yes/no", "yes", 0),
+            ("Yes or no", "yes", 0),
+        ],
+    ],
+)
+def test_yes_no(answer: str, reference: str, right: float) -> None:
+    assert get_scorer("yes_no")(answer, [reference]) == right
+
+
+@pytest.mark.parametrize(
+    ("answer", "scale", "right"),
+    [
+        *[
+            ("(0.1,0.2,0.5,0.6)", 1, 1),
+            ("{.1;.2;.5;.6}", 1, 1),
+            ("[100,200,500,600]", 1000, 1),
+            ("[10 20 50 60]", 100, 1),
+        ],
+        *[("[100,200,500,600]", 1, 0), ("[0.5,0.6,0.1,0.2]", 1, 0), ("[0.1,0.2,0.5,0.6] or [0,0,1,1]", 1, 0)],
+        *[("[1e400,0,1,1]", 1, 0), ("x1=0.1 y1=0.2 x2=0.5 y2=0.6", 1, 0), ("", 1, 0)],
+    ],
+)
+def test_boxes(answer: str, scale: float, right: float) -> None:
+    assert get_scorer("box_accuracy@0.5")(answer, BOX, box_scale=scale) == right
+
+
+@pytest.mark.parametrize(
+    ("answer", "references", "value"),
+    [
+        *[
+            ("cat", ["cat"] * count + ["dog"] * (10 - count), value)
+            for count, value in enumerate((0, 0.3, 0.6, 0.9, 1))
+        ],
+        *[("the", ["the"] * 10, 0), ("isnt", ["isn't"] * 10, 1), ("5.0", ["5"] * 10, 0), ("eleven", ["11"] * 10, 0)],
+        *[("1,000", ["1000"] * 10, 1), ("blue-green", ["blue green"] * 10, 1), ("", [""] * 10, 0)],
+    ],
+)
+def test_vqa(answer: str, references: list[str], value: float) -> None:
+    assert get_scorer("vqa_accuracy")(answer, references) == pytest.approx(value)
+
+
+def test_halves_and_repetitions() -> None:
+    mme, row = get_scorer("mme_strict"), {"question_id": ["a", "a", "b"], "category": ["count"] * 3}
+    assert mme(["yes", "no", "yes"], [["yes"], ["no"], ["yes"]], **row)["count"] == 150.0  # b lacks its second question
+    captions = get_scorer("captions")(["a dog runs"] * 2, [["a dog runs"] * 5] * 2)
+    assert captions["CIDEr"] == 0.0  # in every image's references: no word says anything about an image
+    assert captions["ROUGE_L"] == 1.0
