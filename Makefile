@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: venv demo test coverage lint docs study format clean
+.PHONY: venv demo test coverage lint docs study methods-table format clean
 
 venv: $(VENV)/installed
 
@@ -41,6 +41,11 @@ docs: venv
 
 study: venv
 	$(BIN)/python benchmarks/study.py --output runs/study
+
+# resumable; TABLE="--epochs 1 --rows 160 --seeds 0" is a smaller one
+methods-table: venv
+	$(BIN)/python benchmarks/methods_table.py --output runs/methods $(TABLE)
+	$(BIN)/python docs/build.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .coverage*

@@ -2,6 +2,7 @@
 
     python benchmarks/evaluation.py                         # tiny-llava, short answers and captions
     python benchmarks/evaluation.py --model 300m --rows 16  # LLaVA of 300 million random weights, 336 x 336 images
+    python benchmarks/evaluation.py --model 300m --rows 16 --image_size 56 --questions_per_image 4
     python benchmarks/evaluation.py --device cuda --dtype bfloat16 --model 7b --rows 256
 
 The loop is what the drivers of LLaVA, CoIN and MCITlib do: one row at a time, decoded, prepared and generated in turn. Short
@@ -12,13 +13,16 @@ where trained ones would. In float32 every answer must be the same; in bfloat16 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -36,10 +40,10 @@ SHAPES = {  # text hidden, layers, heads; vision hidden, layers, heads
 KINDS = {"short answers": (4, ()), "captions": (30, (("min_new_tokens", 30),))}
 
 
-def random_model(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """A LLaVA of this shape with random weights, and a processor for 336 x 336 images."""
+def random_model(name: str, dtype: torch.dtype, image_size: int) -> tuple[Any, Any]:
+    """A LLaVA of this shape with random weights, and a processor for images of so many pixels a side."""
     text, layers, heads, vision, vision_layers, vision_heads = SHAPES[name]
-    processor = build_processor(train_tokenizer(FIXTURE_TEXTS, vocab_size=300), image_size=336, patch_size=14)
+    processor = build_processor(train_tokenizer(FIXTURE_TEXTS, vocab_size=300), image_size=image_size, patch_size=14)
     model: Any = build_model(
         processor,
         vision_hidden=vision,
@@ -86,7 +90,25 @@ def timed(work: Callable[[], list[str]], repeats: int) -> tuple[list[str], float
     return answers, best
 
 
+def made_up_rows(folder: Path, count: int, image_size: int, questions_per_image: int) -> list[Row]:
+    """Rows of three lengths over images of noise, so that no two answers need be the same."""
+    generator = np.random.default_rng(0)
+    rows: list[Row] = []
+    for index in range(count):
+        path = folder / f"{index // questions_per_image}.png"
+        if not path.exists():
+            Image.fromarray(generator.integers(0, 256, (image_size, image_size, 3), dtype=np.uint8)).save(path)
+        question = user_message("What is this? " * (1 + index % 3), 1)
+        rows.append({"id": str(index), "messages": [question], "images": [str(path)], "answers": [""]})
+    return rows
+
+
 def main() -> None:
+    with contextlib.ExitStack() as scratch:
+        measure(scratch)
+
+
+def measure(scratch: contextlib.ExitStack) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["tiny", *SHAPES], default="tiny")
     parser.add_argument("--rows", type=int, default=64)
@@ -95,6 +117,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--image_size", type=int, default=336, help="pixels a side, for random weights")
+    parser.add_argument("--questions_per_image", type=int, default=1, help="for random weights")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -104,17 +128,9 @@ def main() -> None:
         benchmark = load_benchmark("quickstart-general")
         rows = [benchmark[index * len(benchmark) // arguments.rows] for index in range(arguments.rows)]
     else:
-        model, processor = random_model(arguments.model, dtype)
-        pictures = [Image.new("RGB", (336, 336), (i % 256, 90, 160)) for i in range(arguments.rows)]
-        rows: list[Row] = [
-            {
-                "id": str(i),
-                "messages": [user_message("What is this?" * (1 + i % 3), 1)],
-                "images": [picture],
-                "answers": [""],
-            }
-            for i, picture in enumerate(pictures)
-        ]
+        model, processor = random_model(arguments.model, dtype, arguments.image_size)
+        folder = Path(scratch.enter_context(tempfile.TemporaryDirectory()))  # files, since rows name their images
+        rows = made_up_rows(folder, arguments.rows, arguments.image_size, arguments.questions_per_image)
     model.to(arguments.device).eval()
     report: dict[str, Any] = {key: str(value) for key, value in vars(arguments).items() if key != "output"}
     report |= {

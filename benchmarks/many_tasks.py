@@ -79,7 +79,7 @@ def measure(method: str, tasks: int, rows: int) -> dict[str, Any]:
     process, stages = psutil.Process(), []
     with tempfile.TemporaryDirectory() as folder:
         recipe, stream = make_recipe(Path(folder), method), make_stream(tasks, rows)
-        run = Run(recipe, stream, build_methods(recipe), Silent())
+        run = Run(recipe, stream, build_methods(recipe), Silent(), "single")
         for stage, task in enumerate(stream, start=1):
             started, busy = time.perf_counter(), time.process_time()
             run.learn(stage, task)

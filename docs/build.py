@@ -13,7 +13,15 @@ from typing import Any, get_type_hints
 from mllm_cl.data.builders import STREAMS, find_builder, find_family
 from mllm_cl.methods import METHODS, method_class
 from mllm_cl.methods.base import HOOKS, Method
-from mllm_cl.recipe import EvaluationSection, HubSection, ModelSection, Recipe, StreamSection, recipe_schema
+from mllm_cl.recipe import (
+    BudgetSection,
+    EvaluationSection,
+    HubSection,
+    ModelSection,
+    Recipe,
+    StreamSection,
+    recipe_schema,
+)
 from mllm_cl.training.arguments import DEFAULTS
 
 DOCS = Path(__file__).resolve().parent
@@ -29,6 +37,7 @@ def methods_page() -> str:
         needs = ", ".join(sorted(found.needs)) or "–"
         launchers = ", ".join(sorted(found.supports))
         lines.append(f"| [`{name}`](#{name}) | {found.summary} | {found.adapters or 'any'} | {needs} | {launchers} |")
+    lines += ["", "## Measured", "", (DOCS / "methods_table.md").read_text(encoding="utf-8").strip()]
     lines += ["", "## Hooks", "", "Every hook is optional. Order within a task:", ""]
     lines += [f"* `{hook}` – {first_line(getattr(Method, hook))}" for hook in HOOKS]
     for name in METHODS:
@@ -60,13 +69,13 @@ def models_page() -> str:
 
 def compatibility_page() -> str:
     """Method x launcher x quantisation, from the rules that refuse and the tests that run the rest."""
-    from mllm_cl.training.launchers import LAUNCHERS, QUANTIZATIONS, REFUSED, refusal
+    from mllm_cl.training.launchers import LAUNCHERS, QUANTIZATIONS, QUANTIZED, REFUSED, refusal
 
     lines = [NOTE, "# What works together", ""]
     lines += [
         "**yes** is a run in a test, **no** a refusal before any weight is loaded (tested too) that says what to do instead.",
-        "**untested** is allowed and follows the same contract, but no test runs that method on two processes. Rules:",
-        "`mllm_cl/training/launchers.py`; tests: `tests/contract`, `tests/training/test_ddp.py`, `tests/launchers`.",
+        "Rules: `mllm_cl/training/launchers.py`; tests: `tests/contract`, `tests/training/test_ddp.py` (every method of the",
+        "catalogue, two processes against one), `tests/launchers`.",
         "",
     ]
     columns = [
@@ -74,20 +83,17 @@ def compatibility_page() -> str:
     ]
     titles = [name if kind is None else f"{name} {kind}" for name, kind in columns]
     lines += ["| method | " + " | ".join(titles) + " |", "|---" * (len(columns) + 1) + "|"]
-    on_two_processes = (ROOT / "tests" / "training" / "conftest.py").read_text(encoding="utf-8")
     for method in METHODS:
         supported = method_class(method).supports
         cells = ["yes" if name in supported and refusal(name, kind) is None else "no" for name, kind in columns]
-        if f'"{method}"' not in on_two_processes and cells[columns.index(("ddp", None))] == "yes":
-            cells[columns.index(("ddp", None))] = "untested"
         lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
     lines += ["", "## Why not", ""]
     lines += [f"* **{name}**: {why}." for name, why in REFUSED.items()]
     lines += [
-        f"* **ddp with model.quantization**: {refusal('ddp', '4bit')}.",
+        *(f"* **{name} with model.quantization**: {why}." for name, why in QUANTIZED.items()),
+        "* **fsdp2, methods with a no**: one that runs the model unequally often on the processes hung in a trial.",
         "",
-        "`models/gather.py` reads and writes whole weights under ZeRO-3 and FSDP2 (tested on DTensors over two CPU processes,",
-        "and on a stand-in for DeepSpeed's gathering), so that the refusals can be lifted where the loop allows it.",
+        "What fsdp2 shards and what it does not: [launchers](launchers.md).",
         "",
         "## Options that save memory",
         "",
@@ -123,7 +129,7 @@ def recipe_page() -> str:
     ]
     lines += ["Editors complete it with [recipe.schema.json](recipe.schema.json).", ""]
     sections = {"": Recipe, "model": ModelSection, "stream": StreamSection, "evaluation": EvaluationSection}
-    sections |= {"hub": HubSection}
+    sections |= {"budget": BudgetSection, "hub": HubSection}
     for section, model in sections.items():
         lines += [f"## {section or 'top level'}", "", "| key | type | default | meaning |", "|---|---|---|---|"]
         for name, field in model.model_fields.items():

@@ -145,3 +145,10 @@ def folder_sha256(folder: Path) -> str:
 def folder_bytes(folder: Path) -> int:
     """Returns the size of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def is_gated(stage: Path) -> bool:
+    """True if a stage folder is more than PEFT makes of its adapter: methods put gates between its factors, or prompts
+    into the rows."""
+    states = sorted((stage / "method").glob("*/state.json"))
+    return any(json.loads(path.read_text(encoding="utf-8"))["data"].get("gated") for path in states)

@@ -13,6 +13,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), populate_by_name=True)
 
 
+AUTO = "auto"
 ImageMode = Literal["native", "pad", "crop"]
 
 
@@ -46,7 +47,8 @@ class ModelSection(Section):
     )
     trust_remote_code: bool = Field(default=False, description="run code that comes with the checkpoint")
     lora: dict[str, Any] = Field(
-        default_factory=lambda: {"r": 8, "lora_alpha": 16}, description="passed to peft.LoraConfig"
+        default_factory=lambda: {"r": 8, "lora_alpha": 16},
+        description="passed to peft.LoraConfig; `r: auto` is the largest rank within the budget, with lora_alpha 2 x r",
     )
     adapters: Literal["one", "stacked"] | None = Field(
         default=None,
@@ -94,6 +96,12 @@ class ModelSection(Section):
         """Learning rates of the parts that have one of their own."""
         rates = {"bridge": self.bridge_learning_rate, "vision": self.vision_learning_rate}
         return {part: rate for part, rate in rates.items() if rate is not None}
+
+    def with_rank(self, rank: int) -> ModelSection:
+        """Returns the section with this rank where it says `auto`; a section with a rank of its own stays as it is."""
+        if self.lora.get("r") != AUTO:
+            return self
+        return self.model_copy(update={"lora": {"lora_alpha": 2 * rank, **self.lora, "r": rank}})
 
     @property
     def inputs(self) -> InputSettings:

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from mllm_cl.errors import RecipeError, suggest
-from mllm_cl.model_section import ModelSection, Section
+from mllm_cl.model_section import AUTO, ModelSection, Section
 
 
 class StreamSection(Section):
@@ -97,11 +97,12 @@ class EvaluationSection(Section):
 
 
 class BudgetSection(Section):
-    """What a method may cost at most; every run of a comparison gets the same."""
+    """What a method may cost; every run of a comparison gets the same."""
 
-    kind: Literal["trainable_parameters", "stored_bytes"] = Field(
-        description="`trainable_parameters` of the first task (the largest rank that fits is required), or `stored_bytes` "
-        "of a stage (adapters and method states)"
+    kind: Literal["trainable_parameters", "stored_bytes", "flops"] = Field(
+        description="`trainable_parameters` of the first task (the largest rank that fits is required, or found with "
+        "`model.lora.r: auto`), `stored_bytes` of a stage (adapters and method states), or training `flops` per task (each "
+        "stage takes as many optimizer steps as fit; epochs then only say for how many passes methods prepare)"
     )
     value: int = Field(ge=1, description="how much of it")
 
@@ -149,9 +150,23 @@ class Recipe(Section):
     stream: StreamSection
     methods: list[MethodSpec] = Field(default_factory=list, description="methods in this order; `finetune` when empty")
     training: dict[str, Any] = Field(default_factory=dict, description="passed to transformers.TrainingArguments")
-    budget: BudgetSection | None = Field(default=None, description="`{kind, value}`: refuse what costs more")
+    budget: BudgetSection | None = Field(
+        default=None, description="`{kind, value}`: the same cost for every method, or refusal"
+    )
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     hub: HubSection = Field(default_factory=HubSection)
+
+    @model_validator(mode="after")
+    def _budget_decides(self) -> Recipe:
+        kind = self.budget.kind if self.budget else None
+        if self.model.lora.get("r") == AUTO and kind != "trainable_parameters":
+            raise ValueError(
+                "`model.lora.r: auto` is the largest rank within `budget: {kind: trainable_parameters, value: ...}`; "
+                "add that budget, or give the rank"
+            )
+        if kind == "flops" and self.training.get("max_steps", -1) > 0:
+            raise ValueError("`budget.kind: flops` decides the steps of every stage; remove `training.max_steps`")
+        return self
 
     @field_validator("name")
     @classmethod

@@ -10,7 +10,7 @@ import typer
 
 SHOWN = (
     *("mean_final_accuracy", "mean_finetune_accuracy", "backward_transfer", "forgetting"),
-    *("general_final", "general_ability_delta", "seconds", "stored_bytes"),
+    *("general_final", "general_ability_delta"),
 )
 
 
@@ -42,10 +42,12 @@ def show_comparison(runs: Sequence[Path]) -> None:
     from mllm_cl.cli.display import say, show_table
     from mllm_cl.reporting import compare as compare_runs
     from mllm_cl.reporting import comparison_table
+    from mllm_cl.reporting.compare import COSTS_SHOWN
     from mllm_cl.reporting.formatting import change
 
     comparison = compare_runs(runs)
-    show_table(comparison_table(comparison, SHOWN), "comparison (percent; time and bytes of training)")
+    show_table(comparison_table(comparison, SHOWN), "comparison (percent; changes in points)")
+    show_table(comparison_table(comparison, COSTS_SHOWN), "cost of training, over all tasks")
     hidden = ("methods", "version")
     differing = [entry for entry in comparison.differences if entry.name not in hidden and entry.kind not in hidden]
     if differing:
@@ -62,7 +64,9 @@ def show_comparison(runs: Sequence[Path]) -> None:
         rows = [["derived metric", "difference", "points", "95 % interval", "p value"]]
         for d in comparison.derived:
             interval = f"{change(d.low)} to {change(d.high)}"
-            rows.append([d.name, f"{d.other} − {d.first}", change(d.difference), interval, f"{d.p_value:.2g}"])
+            rows.append(
+                [d.name.replace("_", " "), f"{d.other} − {d.first}", change(d.difference), interval, f"{d.p_value:.2g}"]
+            )
         show_table(
             rows, "derived metrics, test rows drawn jointly over stages and runs; the spread over seeds comes on top"
         )

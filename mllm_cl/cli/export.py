@@ -37,6 +37,7 @@ def export(
         publication.write(out)
         say(f"{out}: {publication.stage_name}, {len(publication.files)} files, as `mllm-cl push` uploads them")
         return
+    from mllm_cl.files import is_gated
     from mllm_cl.models.merged import write_merged
     from mllm_cl.training.checkpoint_loading import find_checkpoint
 
@@ -44,6 +45,12 @@ def export(
     if found.folder is None:
         raise RunError(f"{checkpoint}: is a base model, there is nothing to merge.", expected="a run or an adapter")
     adapter = found.folder / "adapter" if found.kind == "stage" else found.folder
+    if is_gated(adapter.parent):
+        raise RunError(
+            f"{adapter}: holds experts whose gates depend on what is asked, so there is no one update to merge.",
+            expected="the adapter of a method without gates",
+            fix="use it with mllm_cl, as the card of `mllm-cl push` shows.",
+        )
     with make_progress() as progress, progress.waiting("merging"):
         merged = write_merged(found.model, adapter, out, dtype=dtype)
     say(f"{out}: {found.label} merged into {found.model.name_or_path}, {merged.dtype}, {merged.matrices} matrices")

@@ -42,6 +42,7 @@ def write_card(
     section: HubSection,
     tasks: Sequence[str] | None = None,
     router: Router | None = None,
+    gated: bool = False,
     figures: Sequence[str] = (),
 ) -> str:
     """Returns `README.md` of a published stage.
@@ -50,6 +51,7 @@ def write_card(
         run: the run until that stage.
         tasks: names of the per-task adapters; `None` for one adapter in the root.
         router: how one of them is chosen; by the name of the task when not given.
+        gated: the adapter holds experts, whose gates lie in the methods' state.
         figures: paths of pictures to show.
     """
     base = section.base_model or run.model or ""
@@ -69,6 +71,7 @@ def write_card(
         "learnt": learnt,
         "adapters": None if tasks is None else [task for task in learnt if task in tasks],
         "router": router,
+        "gated": gated,
         "max_new_tokens": (run.recipe.get("evaluation") or {}).get("max_new_tokens", 16),
         "heat": [[stage, *(_cell(cell) for cell in cells)] for stage, cells in heat_rows(run)],
         "heat_header": ["after stage", *(run.matrix.tasks if run.matrix else ())],

@@ -5,7 +5,7 @@
     adapters/TASK/...                           or one per task, for methods that route
     figures/*.png, .eval_results/*.yaml         from the results
     run/                                        the run: recipe, ledger, environment, matrix, scores of every cell
-    run/stages/NN-task/method/                  state of the methods: for routing, and to continue elsewhere
+    run/stages/NN-task/method/                  state of the methods: for routing and gates, and to continue elsewhere
 
 No predictions, no rows and no images of the stream are among them, and no folder names of the machine: the recipe's
 `output_dir` and the paths of its stream are cut to their last part. Replay methods keep rows in their state.
@@ -23,7 +23,7 @@ from pathlib import Path
 from huggingface_hub import get_token
 
 from mllm_cl.errors import HubError, RunError
-from mllm_cl.files import new_folder
+from mllm_cl.files import is_gated, new_folder
 from mllm_cl.hub.card import Router, published_recipe, write_card
 from mllm_cl.hub.results import eval_results, until_stage
 from mllm_cl.recipe import HubSection
@@ -144,7 +144,8 @@ def gather(
     run = until_stage(run, number)
     adapters = _adapters(run.folder / "stages" / name / "adapter", section.base_model)
     per_task = not any(file.path == CONFIG for file in adapters)
-    files = [*adapters, *_run_files(run, name, with_state or per_task), *_figures(run)]
+    gated = is_gated(run.folder / "stages" / name)
+    files = [*adapters, *_run_files(run, name, with_state or per_task or gated), *_figures(run)]
     files += [PublishedFile(path, text) for path, text in eval_results(run, section.datasets).items()]
     card = write_card(
         run,
@@ -152,6 +153,7 @@ def gather(
         section=section,
         tasks=[Path(file.path).parent.name for file in adapters if file.path.endswith(CONFIG)] if per_task else None,
         router=router,
+        gated=gated,
         figures=sorted(file.path for file in files if file.path.startswith("figures/")),
     )
     files.append(PublishedFile("README.md", card.encode()))

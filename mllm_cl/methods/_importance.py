@@ -26,7 +26,7 @@ class QuadraticPenalty(Method):
     """Base of the importance methods; a subclass says in `end_task` what the importance of its task is."""
 
     adapters = "one"
-    needs = frozenset({"continued"})
+    needs = frozenset({"continued", "adapter"})
 
     def __init__(self, *, strength: float, decay: float) -> None:
         self.strength, self.decay = strength, decay

@@ -13,11 +13,10 @@ from __future__ import annotations
 import random
 from typing import Annotated
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from mllm_cl.data.memory import balanced, look_up
+from mllm_cl.methods._gradients import memory_gradient, product, trained_with_gradients
 from mllm_cl.methods.base import Context, Method, MethodState
 
 
@@ -40,35 +39,17 @@ class AGem(Method):
     def before_step(self, ctx: Context) -> None:
         if not self.memory:
             return
-        parameters = [p for p in ctx.model.parameters() if p.requires_grad and p.grad is not None]
-        reference = self._reference(ctx, parameters)
+        parameters = trained_with_gradients(ctx)
+        drawn = random.Random(ctx.seed()).sample(self.memory, min(self.batch, len(self.memory)))
+        rows = look_up(drawn, {task.name: task.train for task in ctx.stream})
+        reference = memory_gradient(ctx, rows, parameters)
         gradients = [p.grad for p in parameters if p.grad is not None]
-        product = sum((g.float() * m).sum() for g, m in zip(gradients, reference))
-        if product < 0:
-            factor = product / sum((m * m).sum() for m in reference)
+        along = product(gradients, reference)
+        if along < 0:
+            factor = along / product(reference, reference)
             for gradient, own in zip(gradients, reference):
                 gradient.sub_((factor * own).to(gradient.dtype))
             ctx.cost["projected_steps"] += 1
-
-    def _reference(self, ctx: Context, parameters: list[torch.nn.Parameter]) -> list[Tensor]:
-        """m: gradient of the mean token loss of the drawn rows, which the processes share."""
-        rng = random.Random(ctx.seed())
-        drawn = rng.sample(self.memory, min(self.batch, len(self.memory)))
-        rows = look_up(drawn, {task.name: task.train for task in ctx.stream})
-        processes, own = ctx.accelerator.num_processes, ctx.accelerator.process_index
-        inputs = [ctx.collate([rows[index]]) for index in range(own, len(rows), processes)]
-        was_training = ctx.model.training
-        ctx.model.eval()
-        total = {str(place): torch.zeros_like(p, dtype=torch.float32) for place, p in enumerate(parameters)}
-        for batch in inputs:
-            loss = ctx.model(**batch, num_items_in_batch=1).loss
-            for place, gradient in enumerate(torch.autograd.grad(loss, parameters, allow_unused=True)):
-                if gradient is not None:
-                    total[str(place)] += gradient.float()
-        ctx.model.train(was_training)
-        ctx.cost["memory_rows"] += len(rows)
-        whole = ctx.accelerator.reduce(total, reduction="sum")
-        return [whole[str(place)] for place in range(len(parameters))]  # type: ignore[index]
 
     def end_task(self, ctx: Context) -> None:
         new = [(ctx.task.name, row["id"]) for row in ctx.task.train]

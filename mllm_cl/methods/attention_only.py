@@ -17,6 +17,7 @@ class AttentionOnly(Method):
 
     name = "attention_only"
     summary = "train the LoRA of the attention layers only"
+    needs = frozenset({"adapter"})
     roles = frozenset({"choice of matrices"})
 
     def begin_task(self, ctx: Context) -> None:

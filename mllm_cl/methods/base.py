@@ -1,4 +1,4 @@
-"""The contract of a method: eight optional hooks and the small frozen context they are given.
+"""The contract of a method: ten optional hooks and the small frozen context they are given.
 
 A method is a class in one file. Hooks return values and never mutate the trainer. A method declares what it `needs`
 from the runner, which launchers it `supports` and how it wants the `adapters`, so that an impossible recipe is refused
@@ -24,7 +24,7 @@ from mllm_cl.data.rows import Row
 from mllm_cl.streams import Stream, Task
 
 HOOKS = (
-    "begin_task", "train_rows", "loss_terms", "before_step", "after_step", "end_task", "route",
+    "begin_task", "parameters", "train_rows", "loss_terms", "before_step", "after_step", "end_task", "route",
     "state_dict", "load_state_dict",
 )  # fmt: skip
 
@@ -64,7 +64,8 @@ class Context:
             seed.
         collate: rows -> model inputs with labels, on the model's device.
         epochs: the passes over the rows; `current` moves while the task trains.
-        cost: what the method spends beyond a plain step (`inquiry_rows`, `extra_forward_passes`); goes into the ledger.
+        cost: what the method spends beyond a plain step (`inquiry_rows`, `memory_rows`); goes into the ledger. The
+            passes that it runs and their FLOPs are counted by the runner.
     """
 
     task: Task
@@ -138,11 +139,12 @@ class Method:
         summary: one line for the catalogue.
         needs: facilities: `past_rows` (train rows of earlier tasks), `all_rows` (of later ones too), `previous`
             (the model of the last stage as reference), `generate`, `task_id` (the task of a test row), `continued`
-            (every task goes on from the adapter as the last one left it).
+            (every task goes on from the adapter as the last one left it), `adapter` (the LoRA adapter is what is trained).
         supports: launchers it is correct under.
         adapters: the adapter policy it requires; `None` when any will do.
         roles: what only one method of a recipe can do: `consolidation` (writes the deployed adapter after a task),
-            `initialisation` (chooses or freezes a factor of the fresh adapter), `choice of matrices`, `routing`.
+            `initialisation` (chooses or freezes a factor of the fresh adapter), `choice of matrices`, `routing`,
+            `training` (trains parameters of its own instead of the adapter).
         measures: `seen` (all tasks so far) or `current` (only the task just learnt).
     """
 
@@ -157,6 +159,14 @@ class Method:
 
     def begin_task(self, ctx: Context) -> None:
         """Called before the optimizer exists; may add, freeze, initialise or switch adapters."""
+
+    def parameters(self, ctx: Context) -> Mapping[str, nn.Parameter]:
+        """Returns what is trained in this task beside the adapters (gates, prompts); called once, after `begin_task`.
+
+        They are given to the optimizer and to the launcher, counted in the budget and written into checkpoints, under
+        names that must not depend on the process. What they have learnt is the method's to keep, in its state.
+        """
+        return {}
 
     def train_rows(self, ctx: Context, rows: Sequence[Row]) -> Sequence[Row]:
         """Returns the rows to train on; an empty sequence skips training at this stage."""

@@ -27,6 +27,7 @@ class BottomFrozen(Method):
 
     name = "bottom_frozen"
     summary = "train the LoRA of the decoder's upper blocks only"
+    needs = frozenset({"adapter"})
 
     def __init__(self, *, share: Annotated[float, Field(ge=0, lt=1)] = 0.5) -> None:
         self.share = share

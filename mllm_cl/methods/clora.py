@@ -31,6 +31,7 @@ class CLora(Method):
 
     name = "clora"
     summary = "penalise what the factors do in fixed random subspaces"
+    needs = frozenset({"adapter"})
     adapters = "stacked"
 
     def __init__(

@@ -17,3 +17,4 @@ class Finetune(Method):
 
     name = "finetune"
     summary = "sequential LoRA fine-tuning: the lower bound"
+    supports = frozenset({"single", "ddp", "fsdp2"})

@@ -17,6 +17,7 @@ class GateUpOnly(Method):
 
     name = "gate_up_only"
     summary = "train the LoRA of gate_proj and up_proj only"
+    needs = frozenset({"adapter"})
     roles = frozenset({"choice of matrices"})
 
     def begin_task(self, ctx: Context) -> None:

@@ -11,19 +11,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
-from mllm_cl.data.builders.general import general_rows
-from mllm_cl.data.readers import read_rows
 from mllm_cl.data.rows import Row
-from mllm_cl.errors import MethodError
+from mllm_cl.methods._general import BUILT_IN, check_source, read_source
 from mllm_cl.methods._rows import mixed_in
 from mllm_cl.methods.base import Context, Method
-
-BUILT_IN = "general"
 
 
 class GenericMix(Method):
@@ -38,12 +33,7 @@ class GenericMix(Method):
     summary = "mix general instruction rows into every task"
 
     def __init__(self, *, share: Annotated[float, Field(gt=0, lt=1)] = 0.1, source: str = BUILT_IN) -> None:
-        if source != BUILT_IN and not Path(source).exists():
-            raise MethodError(
-                f"generic_mix.source: there is no {source!r}.",
-                expected=f"{BUILT_IN!r} (built in), or a file of rows",
-                fix="correct the path.",
-            )
+        check_source(source, self.name)
         self.share, self.source = share, source
 
     def train_rows(self, ctx: Context, rows: Sequence[Row]) -> Sequence[Row]:
@@ -51,9 +41,5 @@ class GenericMix(Method):
         wanted = round(len(rows) * self.share / (1 - self.share))
         if not wanted:
             return rows
-        if self.source == BUILT_IN:
-            others: Sequence[Row] = general_rows("train", size=wanted, seed=rng.randrange(2**31))
-        else:
-            path = Path(self.source)
-            others = read_rows(path, image_folder=path.parent, task=self.name, split="train")
+        others = read_source(self.source, self.name, wanted, rng.randrange(2**31) if self.source == BUILT_IN else 0)
         return mixed_in(rows, others, self.share, rng)

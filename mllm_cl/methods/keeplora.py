@@ -7,8 +7,9 @@ Formula: M_0 = leading input directions of W_0 (`base_energy`); A_t = leading `r
 of G (after the task) until it captures `energy` of its squared norm.
 Stored: M, at most in × in per matrix. Cost per step: 1×, half the trainable parameters; per task two gradient passes over
 `samples` rows, and once one SVD per base weight.
-Reference: KeepLoRA (ICLR 2026). Fidelity: as in the paper; G is never formed but sketched from inputs and output gradients
-(`width` columns, exact where the layer is not wider), so it needs no 80 GB. The base weights must be in floating point.
+Reference: KeepLoRA, Luo et al. (ICLR 2026, arXiv 2601.19659). Fidelity: as in the paper; G is never formed but sketched from
+inputs and output gradients (`width` columns, exact where the layer is not wider), so it needs no 80 GB. The base weights must
+be in floating point.
 """
 
 from __future__ import annotations

@@ -11,18 +11,14 @@ with; the base is never written here, so B starts at 0. `freeze` is its variant 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import torch
 from pydantic import Field
 
-from mllm_cl.data.builders.general import general_rows
-from mllm_cl.data.readers import read_rows
-from mllm_cl.errors import MethodError
+from mllm_cl.methods._general import BUILT_IN, check_source, read_source
 from mllm_cl.methods._statistics import fix_a, sketch_inputs
 from mllm_cl.methods.base import Context, Method
-from mllm_cl.methods.generic_mix import BUILT_IN
 from mllm_cl.models.adapters import TASK, factors, lora_layers
 from mllm_cl.spectral.subspace import minor_directions
 
@@ -44,20 +40,11 @@ class LoraNull(Method):
     def __init__(
         self, *, freeze: bool = False, samples: Annotated[int, Field(ge=1)] = 256, source: str = BUILT_IN
     ) -> None:
-        if source != BUILT_IN and not Path(source).exists():
-            raise MethodError(
-                f"lora_null.source: there is no {source!r}.",
-                expected=f"{BUILT_IN!r} (built in), or a file of rows",
-                fix="correct the path.",
-            )
+        check_source(source, self.name)
         self.freeze, self.samples, self.source = freeze, samples, source
 
     def begin_task(self, ctx: Context) -> None:
-        if self.source == BUILT_IN:
-            rows = general_rows("train", size=self.samples, seed=0)
-        else:
-            path = Path(self.source)
-            rows = read_rows(path, image_folder=path.parent, task=self.name, split="train")[: self.samples]
+        rows = read_source(self.source, self.name, self.samples)[: self.samples]
         moments = sketch_inputs(ctx, self.samples, width=2**31, rows=rows)
         for module, layer in lora_layers(ctx.model):
             weight = factors(layer, TASK)[0].weight  # (rank, in)

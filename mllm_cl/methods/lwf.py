@@ -50,7 +50,6 @@ class LwF(Method):
         inputs = {name: value for name, value in batch.inputs.items() if name != "labels"}
         with ctx.reference("previous"):
             reference = target_logits(ctx.model(**inputs).logits, labels)
-        ctx.cost["extra_forward_passes"] += 1
         current = target_logits(outputs.logits, labels)
         if not len(current):  # a micro-batch of ignored rows only
             return {"lwf": outputs.logits.sum() * 0.0}

@@ -4,8 +4,8 @@ Idea: the minor left singular vectors of a weight are where its output hardly ev
 Formula: ΔW = B A with B = the `rank` left singular vectors of the smallest singular values of W_0, frozen; A starts at 0
 and is trained.
 Stored per task: nothing beyond the consolidated adapter. Cost per step: 1×, half the trainable parameters; per task one
-eigendecomposition (out × out) per matrix. Reference: MiCA (PEFT's `mica`). Fidelity: as there; every task writes into the same
-directions. The base weights must be in floating point and stay untouched.
+eigendecomposition (out × out) per matrix. Reference: MiCA (arXiv 2604.01694; PEFT's `mica`). Fidelity: as there; every task
+writes into the same directions. The base weights must be in floating point and stay untouched.
 """
 
 from __future__ import annotations

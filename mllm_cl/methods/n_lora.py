@@ -31,6 +31,7 @@ class NLora(Method):
 
     name = "n_lora"
     summary = "L1 penalty on each task's full update"
+    needs = frozenset({"adapter"})
     adapters = "stacked"
 
     def __init__(

@@ -30,6 +30,7 @@ class OLora(Method):
 
     name = "o_lora"
     summary = "keep each task's A orthogonal to those of earlier tasks"
+    needs = frozenset({"adapter"})
     adapters = "stacked"
 
     def __init__(

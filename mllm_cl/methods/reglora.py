@@ -31,6 +31,7 @@ class RegLora(Method):
 
     name = "reglora"
     summary = "penalise changes of the entries that earlier tasks changed most"
+    needs = frozenset({"adapter"})
     adapters = "stacked"
 
     def __init__(

@@ -42,6 +42,7 @@ class Replay(Method):
 
     name = "replay"
     summary = "rehearse stored rows of earlier tasks (reservoir, balanced, by class, herding, surprise)"
+    supports = frozenset({"single", "ddp", "fsdp2"})
     needs = frozenset({"past_rows"})
 
     def __init__(

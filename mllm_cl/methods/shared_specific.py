@@ -37,7 +37,7 @@ class SharedSpecific(TaskAdapters):
 
     Args:
         slowness: share of its step that the shared branch takes from the second task on.
-        router: `prototype`, `ridge` or `oracle`.
+        router: `prototype`, `ridge`, `generative` or `oracle`.
         samples: training rows that make a prototype.
         reject: standard deviations below a task's own mean similarity at which a sample goes to the base.
     """

@@ -4,7 +4,7 @@ Idea: the two factors of a LoRA are not alike: A can be replaced by the newest o
 Formula: A_t starts as Qᵀ with A_{t−1}ᵀ = Q R, B_t as B_{t−1} (as trained, not merged); after training A ← A_t and
 B ← B + (B_t − B) / √t, which is what is deployed.
 Stored: the factors as trained and the merged B, 1.5 adapters. Cost per step: 1×; per task one thin QR per matrix.
-Reference: SLAO, Merge before Forget (ICLR 2026). Fidelity: factors are merged by definition of the method; the
+Reference: SLAO, Merge before Forget (ICLR 2026, arXiv 2512.23017). Fidelity: factors are merged by definition of the method; the
 decrease 1/√t is our reading of the paper; `decay` sets the exponent.
 """
 

@@ -47,6 +47,7 @@ class SpectralConsolidation(Method):
 
     name = "spectral_consolidation"
     summary = "SAC of LLaVA-c: scale the singular values of each task's update before consolidating it"
+    supports = frozenset({"single", "ddp", "fsdp2"})
     roles = frozenset({"consolidation"})
 
     def __init__(

@@ -76,6 +76,14 @@ def _derived(name: str) -> Callable[[RunSummary], float | None]:
     return lambda run: run.matrix.derived()[name].value if run.matrix else None
 
 
+def _total(field: str) -> Callable[[RunSummary], float | None]:
+    return lambda run: run.total(field)
+
+
+def _largest(field: str) -> Callable[[RunSummary], float | None]:
+    return lambda run: run.largest(field)
+
+
 def _general_final(run: RunSummary) -> float | None:
     values = run.matrix.general_values[-1] if run.matrix else []
     known = [value for value in values if value is not None]
@@ -89,19 +97,23 @@ COLUMNS: tuple[Column, ...] = (
     Column("forgetting", "forgetting", _derived("forgetting"), formatting.score, False),
     Column("general_final", "general, final", _general_final, formatting.score, True),
     Column("general_ability_delta", "general, change", _derived("general_ability_delta"), formatting.change, True),
-    Column("seconds", "training time", lambda run: run.total("seconds"), formatting.duration, False),
-    Column(
-        "trainable_parameters",
-        "trainable parameters",
-        lambda run: run.largest("trainable_parameters"),
-        formatting.count,
-    ),
+    Column("seconds", "training time", _total("seconds"), formatting.duration, False),
+    Column("flops", "training FLOPs", _total("flops"), formatting.flops, False),
+    Column("trainable_parameters", "trainable parameters", _largest("trainable_parameters"), formatting.count),
     Column("stored_bytes", "stored", lambda run: run.final("stored_bytes"), formatting.size, False),
-    Column("peak_memory_mib", "peak memory", lambda run: run.largest("peak_memory_mib"), formatting.mebibytes, False),
-    Column("train_rows", "train rows", lambda run: run.total("train_rows"), formatting.count),
-    Column("steps", "steps", lambda run: run.total("steps"), formatting.count),
-    Column("tokens", "tokens", lambda run: run.total("tokens"), formatting.count),
+    Column("stored_per_task", "stored per task", RunSummary.stored_per_task, formatting.size, False),
+    Column("peak_memory_mib", "peak memory", _largest("peak_memory_mib"), formatting.mebibytes, False),
+    Column("train_rows", "train rows", _total("train_rows"), formatting.count),
+    Column("inquiry_ratio", "inquiries per row", lambda run: run.per_train_row("inquiry_rows"), formatting.ratio),
+    Column("steps", "steps", _total("steps"), formatting.count),
+    Column("extra_forward_passes", "extra forward passes", _total("extra_forward_passes"), formatting.count, False),
+    Column("tokens", "tokens", _total("tokens"), formatting.count),
 )
+COSTS_SHOWN = (
+    *("seconds", "flops", "trainable_parameters", "stored_bytes", "stored_per_task", "peak_memory_mib"),
+    *("train_rows", "inquiry_ratio", "steps", "extra_forward_passes", "tokens"),
+)
+"""Keys of the columns that say what a method cost."""
 
 
 def compare(run_folders: Sequence[str | os.PathLike[str]]) -> Comparison:
@@ -131,6 +143,7 @@ def compare(run_folders: Sequence[str | os.PathLike[str]]) -> Comparison:
         final = {task: _spread([_final(run, task) for run in chosen], task, names, notes) for task in tasks}
         rows.append(ComparisonRow(chosen[0].method, names, tuple(run.seed for run in chosen), values, final))
     rows = [_unique(row, rows) for row in rows]
+    notes += _unequal(rows)
     tests = (paired_tests(labels, runs), paired_derived(labels, runs))
     return Comparison(tuple(labels), runs, tuple(rows), differences(runs), tuple(notes), *tests)
 
@@ -194,9 +207,11 @@ def _describe(run: RunSummary) -> dict[str, dict[str, object]]:
     methods = {
         f"methods.{name}.{k}": v for name, options in run.methods for k, v in formatting.flatten(options).items()
     }
-    budget = ("train_rows", "inquiry_rows", "steps", "tokens", "extra_forward_passes")
+    budget = ("train_rows", "inquiry_rows", "memory_rows", "steps", "tokens", "extra_forward_passes")
     totals = {field: run.total(field) for field in budget}
-    stream: dict[str, object] = {"stages finished": len([stage for stage in run.stages if not stage.unmeasured])}
+    totals |= {"trainable_parameters": run.largest("trainable_parameters")}
+    finished = [stage for stage in run.stages if run.complete or not stage.unmeasured]
+    stream: dict[str, object] = {"stages finished": len(finished)}
     if run.stream_fingerprint:
         stream["fingerprint"] = run.stream_fingerprint
     if run.matrix:
@@ -205,7 +220,9 @@ def _describe(run: RunSummary) -> dict[str, dict[str, object]]:
     versions = run.environment.get("versions", run.environment)
     return {
         "budget": {
-            k.replace("_", " "): formatting.NOT_MEASURED if v is None else f"{v:.12g}" for k, v in totals.items()
+            **{k.replace("_", " "): formatting.NOT_MEASURED if v is None else f"{v:.12g}" for k, v in totals.items()},
+            "training FLOPs": formatting.flops(run.total("flops")),
+            "stored bytes": formatting.size(run.final("stored_bytes")),
         },
         "stream": stream,
         "setting": {"methods": run.method, "seed": run.seed, **formatting.flatten(settings), **methods},
@@ -236,6 +253,16 @@ def _written(spread: Spread | None, write: Callable[[float | None], str]) -> str
     if spread is None or spread.std is None:
         return write(None if spread is None else spread.mean)
     return f"{write(spread.mean)} ± {write(spread.std).lstrip('+')}"
+
+
+def _unequal(rows: Sequence[ComparisonRow]) -> list[str]:
+    """One sentence per method that was given another amount of computing than the first one (2 % are no difference)."""
+    found = []
+    for row in rows[1:]:
+        own, first = (each.values["flops"] for each in (row, rows[0]))
+        if own and first and first.mean and abs(own.mean / first.mean - 1) > 0.02:
+            found.append(f"{row.label}: {own.mean / first.mean:.2f} × the training FLOPs of {rows[0].label}.")
+    return found
 
 
 def _unique(row: ComparisonRow, rows: Sequence[ComparisonRow]) -> ComparisonRow:

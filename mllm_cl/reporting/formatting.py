@@ -61,6 +61,25 @@ def size(value: float | None) -> str:
     return f"{value:.0f} B"
 
 
+def flops(value: float | None) -> str:
+    """Returns a number of floating-point operations with three digits.
+
+    >>> flops(2.345e15), flops(0), flops(None)
+    ('2.35 PFLOP', '0 FLOP', 'not measured')
+    """
+    if value is None:
+        return NOT_MEASURED
+    for limit, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if abs(value) >= limit:
+            return f"{value / limit:.3g} {unit}FLOP"
+    return f"{value:.0f} FLOP"
+
+
+def ratio(value: float | None) -> str:
+    """Returns a ratio with two decimals."""
+    return NOT_MEASURED if value is None else f"{value:.2f}"
+
+
 def mebibytes(value: float | None) -> str:
     """Returns a number of MiB, like `size`."""
     return NOT_MEASURED if value is None else size(value * 2**20)

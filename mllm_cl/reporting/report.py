@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
+from mllm_cl.evaluation.instructions import obedience
 from mllm_cl.evaluation.matrix import BASE_STAGE
 from mllm_cl.evaluation.metrics import DEFINITIONS
 from mllm_cl.files import write_text
@@ -19,7 +20,7 @@ from mllm_cl.reporting.answers import find_changes
 from mllm_cl.reporting.charts import general_panels, task_panels
 from mllm_cl.reporting.compare import compare, comparison_table
 from mllm_cl.reporting.figures import write_figures
-from mllm_cl.reporting.run import RunSummary, read_run, run_labels
+from mllm_cl.reporting.run import RunSummary, predictions_path, read_json_lines, read_run, run_labels
 
 HEADLINES = (
     *("mean_final_accuracy", "mean_finetune_accuracy", "backward_transfer", "forgetting"),
@@ -100,6 +101,7 @@ def report_content(run: RunSummary, others: Sequence[RunSummary] = ()) -> dict[s
         "general_panels": general_panels(run, labelled),
         "general": general_table(run),
         "drift": drift_table(run),
+        "instructions": instruction_table(run),
         "curve_names": [run.name, *(label for label, _ in labelled)],
         "costs": cost_table(run),
         "comparison": comparison,
@@ -131,7 +133,7 @@ def facts(run: RunSummary) -> list[tuple[str, str]]:
 
 def metric_rows(run: RunSummary) -> tuple[list[MetricRow], int]:
     """Returns the derived metrics over the stages that are complete, and how many those are."""
-    through = run.matrix.complete_stages() if run.matrix else 0
+    through = 0 if run.matrix is None else len(run.matrix.tasks) if run.complete else run.matrix.complete_stages()
     if run.matrix is None or through == 0:
         return [], 0
     metrics, errors = run.matrix.derived(through), run.matrix.derived_stderr(through)
@@ -177,17 +179,41 @@ def heat_rows(run: RunSummary) -> list[tuple[str, list[Cell]]]:
 
 
 def general_table(run: RunSummary) -> list[list[str]]:
-    """Returns header and rows: stage, each general benchmark, and the mean change against the untouched model."""
+    """Returns header and rows: stage, each general benchmark, and against the untouched model: mean change, share kept.
+
+    The share is the mean over benchmarks of score / score before, in percent; empty where one of them is missing or 0.
+    """
     matrix = run.matrix
     if matrix is None or not matrix.general_names:
         return []
     deltas = matrix.general_deltas()
-    rows = [["stage", *matrix.general_names, "mean change"]]
+    rows = [["stage", *matrix.general_names, "mean change", "kept, percent"]]
+    before = matrix.general_values[0] if matrix.has_base else []
     for i, stage in enumerate(matrix.stages):
         index = i + 1 - matrix.has_base
         scores = [formatting.score(v, e) for v, e in zip(matrix.general_values[i], matrix.general_stderr[i])]
-        rows.append([stage, *scores, "" if index == 0 else formatting.change(deltas[index - 1].value)])
+        kept = [now / old for now, old in zip(matrix.general_values[i], before) if now is not None and old]
+        share = formatting.score(100 * sum(kept) / len(kept)) if len(kept) == len(matrix.general_names) else ""
+        against = ("", "") if index == 0 else (formatting.change(deltas[index - 1].value), share)
+        rows.append([stage, *scores, *against])
     return rows
+
+
+def instruction_table(run: RunSummary) -> list[list[str]]:
+    """Returns header and rows: stage, and of each test set whose questions ask for a form of answer, the percent in it."""
+    names = [*(run.matrix.tasks if run.matrix else ()), *(run.matrix.general_names if run.matrix else ())]
+    stages = run.matrix.stages if run.matrix else []
+    shares: dict[str, dict[str, float]] = {}
+    for name in names:
+        for stage in stages:
+            lines = read_json_lines(predictions_path(run, stage, name), [])
+            pairs = [(str(line.get("question", "")), str(line.get("prediction", ""))) for line in lines]
+            percent = obedience(pairs).percent
+            if percent is not None:
+                shares.setdefault(name, {})[stage] = percent
+    measured = [stage for stage in stages if any(stage in own for own in shares.values())]
+    rows = [[stage, *(formatting.score(own.get(stage)) for own in shares.values())] for stage in measured]
+    return [["stage", *shares], *rows] if rows else []
 
 
 def drift_table(run: RunSummary) -> list[list[str]]:
@@ -214,12 +240,14 @@ COST_COLUMNS = (
     ("inquiry rows", "inquiry_rows", formatting.count, False),
     ("steps", "steps", formatting.count, False),
     ("tokens", "tokens", formatting.count, True),
+    ("memory rows", "memory_rows", formatting.count, False),
+    ("training FLOPs", "flops", formatting.flops, True),
     ("extra forward passes", "extra_forward_passes", formatting.count, False),
     ("rows answered by a reference", "reference_rows", formatting.count, False),
     ("trainable parameters", "trainable_parameters", formatting.count, True),
     ("stored after the stage", "stored_bytes", formatting.size, True),
     ("peak memory", "peak_memory_mib", formatting.mebibytes, True),
-    ("final train loss", "train_loss", formatting.decimal, False),
+    ("mean train loss", "train_loss", formatting.decimal, False),
 )
 """Heading, field, how it is written, and whether the column is shown when no stage has it."""
 

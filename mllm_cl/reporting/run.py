@@ -29,6 +29,8 @@ class StageRecord:
         seconds (`float`, *optional*): training time.
         evaluation_seconds (`float`, *optional*): sum over the cells of this stage.
         stored_bytes (`float`, *optional*): bytes kept after this stage (adapter and state of the methods).
+        extra_forward_passes (`float`, *optional*): passes of the model beyond one per micro-batch, on one process.
+        flops (`float`, *optional*): training FLOPs by the formula of `training/flops.py`, of all processes.
     """
 
     index: int
@@ -48,11 +50,13 @@ class StageRecord:
     train_loss: float | None = None
     extra_forward_passes: float | None = None
     reference_rows: float | None = None
+    memory_rows: float | None = None
+    flops: float | None = None
 
 
 COSTS = (
     *("seconds", "train_rows", "inquiry_rows", "steps", "tokens", "trainable_parameters", "stored_bytes"),
-    *("peak_memory_mib", "train_loss", "extra_forward_passes", "reference_rows"),
+    *("peak_memory_mib", "train_loss", "extra_forward_passes", "reference_rows", "memory_rows", "flops"),
 )
 
 
@@ -119,12 +123,15 @@ class RunSummary:
 
     @property
     def complete(self) -> bool:
-        """True if every stage is trained and measured on every task seen so far."""
+        """True if every stage is trained and measured as its recipe asks for."""
         return bool(self.stages) and not self.missing
 
     @property
     def missing(self) -> tuple[str, ...]:
-        """One sentence per stage that is not finished."""
+        """One sentence per stage that is not finished. A run that says it is complete lacks nothing: what it did not
+        measure, its methods do not measure (`joint` has one stage, `single` looks at the task just learnt)."""
+        if any(event.get("event") == "run_complete" for event in self.ledger) and self.matrix is not None:
+            return ()
         found = []
         for stage in self.stages:
             if not stage.trained and len(stage.unmeasured) == stage.index:
@@ -139,6 +146,16 @@ class RunSummary:
         """Returns the sum of a cost over the trained stages; `None` if one of them lacks it."""
         values = [getattr(stage, field) for stage in self.stages if stage.trained]
         return sum(values) if values and None not in values else None
+
+    def per_train_row(self, field: str) -> float | None:
+        """Returns the sum of a number of rows divided by that of the train rows; `None` if a stage lacks one."""
+        rows, own = self.total("train_rows"), self.total(field)
+        return own / rows if own is not None and rows else None
+
+    def stored_per_task(self) -> float | None:
+        """Returns the bytes kept after the last stage divided by the number of tasks learnt until then."""
+        stored, learnt = self.final("stored_bytes"), sum(stage.trained for stage in self.stages)
+        return stored / learnt if stored is not None else None
 
     def largest(self, field: str) -> float | None:
         """Returns the largest value over the trained stages; `None` if one of them lacks it."""

@@ -77,6 +77,7 @@ OWNED: dict[str, str] = {
     "auto_find_batch_size": "per_device_train_batch_size that fits, by `mllm-cl doctor RECIPE` (a second try would go on "
     "from half-trained weights)",
     "use_cache": "nothing",
+    "fsdp_config": "nothing: what is sharded is decided by the run (`fsdp: true`)",
     "dataloader_persistent_workers": "nothing: every epoch has inquiries of its own, and starts workers that know them",
 }
 
@@ -116,6 +117,7 @@ def training_arguments(section: dict[str, Any], folder: Path, seed: int) -> Trai
         RecipeError: `TrainingArguments` refuses a value.
     """
     settings: dict[str, Any] = DEFAULTS | section | {"use_cpu": runs_on_cpu(section)}
+    settings.pop("fsdp", None)  # the run shards the weights itself
     for name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"):
         value = settings.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:

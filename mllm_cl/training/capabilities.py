@@ -20,6 +20,8 @@ from mllm_cl.streams import Stream
 from mllm_cl.training.arguments import check_training
 from mllm_cl.training.launchers import check_launcher, launcher
 
+PROBE_RANK = 8
+"""Stands for `model.lora.r: auto` until the model is there."""
 ANCHORS = ("finetune", "joint", "single")
 
 
@@ -46,10 +48,16 @@ def build_methods(recipe: Recipe) -> list[Method]:
     _check_needs(methods, policy)
     started = launcher(recipe.training)
     check_launcher(started, recipe.model.quantization)
+    if recipe.budget is not None and recipe.budget.kind == "flops" and started != "single":
+        raise RecipeError(
+            f"budget.kind: flops does not work with {started} (counting the steps that fit has been tested on one process only).",
+            expected="one process, or another budget",
+            fix="start one process, or use trainable_parameters or stored_bytes.",
+        )
     if recipe.model.quantization is not None:
         check_bitsandbytes(recipe.model.quantization)
     _check_launcher(methods, started)
-    check_lora(recipe.model.lora)
+    check_lora(recipe.model.with_rank(PROBE_RANK).lora)
     check_training(recipe.training)
     return methods
 
@@ -116,6 +124,14 @@ def _check_needs(methods: Sequence[Method], policy: str) -> None:
             f"{rewriting[0]} changes it between tasks.",
             fix=f"remove {continued[0]} or {rewriting[0]}.",
         )
+    instead = [method.name for method in methods if "training" in method.roles]
+    on_adapter = [method.name for method in methods if "adapter" in method.needs]
+    if instead and on_adapter:
+        raise MethodError(
+            f"methods: {on_adapter[0]} acts on the adapter that is trained, and {instead[0]} trains parameters of its own "
+            "instead.",
+            fix=f"remove {on_adapter[0]} or {instead[0]}.",
+        )
     routing = [method.name for method in methods if overrides(method, "route")]
     if len(routing) > 1:
         raise MethodError(f"methods: {' and '.join(routing)} both route samples.", fix="keep one of them.")
@@ -125,7 +141,7 @@ def _check_launcher(methods: Sequence[Method], current: str) -> None:
     for method in methods:
         if current not in method.supports:
             raise MethodError(
-                f"methods: {method.name} does not work under {current}.",
+                f"methods: {method.name} does not work under {current}, or no test has shown it yet.",
                 expected="one of: " + ", ".join(sorted(method.supports)),
                 fix="start it with one of these launchers.",
             )
@@ -143,7 +159,8 @@ def check_lora(settings: dict) -> LoraConfig:
             raise RecipeError(f"model.lora.{key}: unknown key.", expected=suggest(key, known))
     rank = settings.get("r", 8)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise RecipeError(f"model.lora.r: {rank!r} is not a rank.", expected="a whole number of at least 1")
+        expected = "a whole number of at least 1 (`auto` is known once the model is loaded: `rank` in a run's ledger)"
+        raise RecipeError(f"model.lora.r: {rank!r} is not a rank.", expected=expected)
     check_plain(settings, "model.lora")
     try:
         return LoraConfig(**settings)

@@ -20,7 +20,7 @@ from transformers import ProcessorMixin
 from mllm_cl.data.rows import Row
 from mllm_cl.errors import ModelError, RunError
 from mllm_cl.evaluation.matrix import BASE_STAGE
-from mllm_cl.files import folder_sha256
+from mllm_cl.files import folder_sha256, is_gated
 from mllm_cl.methods.base import overrides
 from mllm_cl.models import adapters
 from mllm_cl.models.load import base_fingerprint, load_from_section
@@ -97,6 +97,7 @@ def find_checkpoint(name: str, base_model: str | None = None) -> Found:
     if (folder / "adapter").is_dir():
         return _stage(folder, base_model)
     if (folder / "adapter_config.json").is_file():
+        _refuse_gated(folder)
         return Found("adapter", folder.resolve().name, _section(base_model or _base_of(folder)), folder)
     is_model = (folder / "config.json").is_file() or (not folder.exists() and _may_be_hub_id(name))
     if not is_model:
@@ -202,6 +203,7 @@ def _stage(folder: Path, base_model: str | None) -> Found:
     run = folder.resolve().parent.parent
     if not (run / "recipe.yaml").is_file():  # a stage that was copied out of its run
         adapter = folder / "adapter"
+        _refuse_gated(adapter)
         return Found("adapter", folder.resolve().name, _section(base_model or _base_of(adapter)), adapter)
     recipe = load_recipe(run / "recipe.yaml")
     model = recipe.model if base_model is None else recipe.model.model_copy(update={"name_or_path": base_model})
@@ -213,6 +215,16 @@ def _stage(folder: Path, base_model: str | None) -> Found:
         raise RunError(f"{folder}: this stage is not complete.", fix="continue the run with `mllm-cl run`.")
     started = Ledger(RunFolder(run).ledger, writable=False).find("started") or {}
     return Found("stage", name, model, folder, recipe, tasks, started.get("base_fingerprint"))
+
+
+def _refuse_gated(adapter: Path) -> None:
+    """PEFT would load the experts of such an adapter and add them up, and the answers would look like answers."""
+    if is_gated(adapter.parent):
+        raise ModelError(
+            f"{adapter}: holds experts, whose gates are built from the run that it belongs to.",
+            expected="the run, or one of its stages with recipe.yaml two folders above",
+            fix="give RUN/stages/NN-task.",
+        )
 
 
 def _trained(run: Path) -> dict[int, str]:

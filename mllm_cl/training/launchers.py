@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ REFUSED: dict[str, str] = {
     "zero1": "DeepSpeed writes its checkpoints as pickles, and resuming a task under it has not been tested",
     "zero2": "DeepSpeed writes its checkpoints as pickles, and resuming a task under it has not been tested",
     "zero3": "adapters are added, merged and evaluated between tasks, which sharded base weights do not allow yet",
-    "fsdp2": "adapters are added, merged and evaluated between tasks, which sharded base weights do not allow yet",
 }
-QUANTIZED_DDP = "copies of quantised weights on several processes have not been tested"
+QUANTIZED: dict[str, str] = {
+    "ddp": "copies of quantised weights on several processes have not been tested",
+    "fsdp2": "weights in 4 or 8 bits are packed and cannot be cut into shards",
+}
+_FSDP_SWITCH = "ACCELERATE_USE_FSDP"
 
 
 def launcher(training: Mapping[str, Any] | None = None) -> str:
@@ -29,9 +33,21 @@ def launcher(training: Mapping[str, Any] | None = None) -> str:
     deepspeed = section.get("deepspeed")
     if deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
         return f"zero{_zero_stage(deepspeed)}"
-    if section.get("fsdp") or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+    if section.get("fsdp") or os.environ.get(_FSDP_SWITCH, "").lower() == "true":
         return "fsdp2"
     return "ddp" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "single"
+
+
+@contextlib.contextmanager
+def without_fsdp_of_accelerate() -> Iterator[None]:
+    """Within the context accelerate does not see that FSDP was asked for: it would shard the adapters too, anew for every
+    task, and undo nothing; `mllm_cl.models.sharding` does what is needed here."""
+    asked = os.environ.pop(_FSDP_SWITCH, None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ[_FSDP_SWITCH] = asked
 
 
 def _zero_stage(deepspeed: Any) -> int:
@@ -55,7 +71,7 @@ def refusal(started: str, quantization: str | None) -> str | None:
     """Returns why this combination is refused, `None` if it works; the same for every method."""
     if started in REFUSED:
         return REFUSED[started]
-    return QUANTIZED_DDP if started == "ddp" and quantization is not None else None
+    return QUANTIZED.get(started) if quantization is not None else None
 
 
 def check_launcher(started: str, quantization: str | None) -> None:
@@ -64,16 +80,22 @@ def check_launcher(started: str, quantization: str | None) -> None:
     Raises:
         RecipeError: it does not work here; the message says what does.
     """
+    if started == "fsdp2" and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise RecipeError(
+            "launcher: fsdp2 was asked for, and there is one process.",
+            expected="at least two: the shards lie on different processes",
+            fix="start more (torchrun --nproc_per_node 2), or leave FSDP away.",
+        )
     why = refusal(started, quantization)
     if why is None:
         return
     what = (
         started if quantization is None or started in REFUSED else f"{started} with model.quantization: {quantization}"
     )
-    instead = "one process, or a float base" if started == "ddp" else "torchrun or recipes/accelerate/ddp.yaml"
+    instead = "torchrun or recipes/accelerate/ddp.yaml" if started in REFUSED else "one process, or a float base"
     raise RecipeError(
         f"launcher: {what} does not work ({why}).",
-        expected="single or ddp; single when model.quantization is set",
+        expected="single, ddp or fsdp2; single when model.quantization is set",
         fix=f"start with {instead}; to save memory: training.activation_checkpointing, training.bf16, "
         "gradient_accumulation_steps with smaller batches, model.quantization on one process. "
         "See docs/compatibility.md.",

@@ -31,10 +31,11 @@ from mllm_cl.errors import ModelError, RecipeError
 from mllm_cl.evaluation.engine import GenerationSettings, generate
 from mllm_cl.methods import Context, Method, RouteBatch, adapter_policy
 from mllm_cl.methods.base import AdapterPolicy, Epochs, ReferenceKind, overrides
-from mllm_cl.models import adapters
+from mllm_cl.models import adapters, extra_parameters
 from mllm_cl.models.embedding import embed_inputs
 from mllm_cl.models.load import base_fingerprint
 from mllm_cl.models.parts import lora_targets, part_names
+from mllm_cl.models.sharding import Shards
 from mllm_cl.recipe import Recipe
 from mllm_cl.streams import Stream, Task
 from mllm_cl.training.capabilities import check_lora
@@ -106,6 +107,7 @@ class Learner:
         self._seen: list[Task] = []
         self._scratch = tempfile.TemporaryDirectory(prefix="mllm-cl-")
         self._base_key: str | None = None
+        self.shards: Shards | None = None
         vars(self.model.get_base_model())["_mllm_cl_learner"] = self  # found again by `Learner.of` in a user's own loop
         self._deploy()
 
@@ -133,6 +135,19 @@ class Learner:
         """Returns the learner that a model belongs to, if any."""
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         return base.__dict__.get("_mllm_cl_learner")
+
+    def shard(self) -> None:
+        """Lays the frozen weights in shards over all processes, while tasks are trained (FSDP2)."""
+        self._base_key = base_fingerprint(self.model)  # reading the state of a sharded model would leave it in shards
+        self.shards = Shards(self.model)
+
+    def sharded(self) -> contextlib.AbstractContextManager[None]:
+        """Within the context, the training of a task, the frozen weights are in shards if they were to be sharded."""
+        return contextlib.nullcontext() if self.shards is None else self.shards.sharded()
+
+    def whole(self) -> contextlib.AbstractContextManager[None]:
+        """Within the context, in the midst of the training, processes may run the model as often as each likes."""
+        return contextlib.nullcontext() if self.shards is None else self.shards.whole()
 
     def remember(self, task: Task) -> Stream:
         """Returns the stream of the tasks so far, for a loop that does not know the whole stream."""
@@ -173,6 +188,9 @@ class Learner:
         adapters.set_trainable(self.model, [trained])
         for method in self.methods:
             method.begin_task(ctx)
+        extra_parameters.attach(
+            self.model, {f"{m.name}/{name}": own for m in self.methods for name, own in m.parameters(ctx).items()}
+        )
         return ctx
 
     def train_rows(self, ctx: Context, rows: Sequence[Row]) -> Sequence[Row]:
@@ -187,6 +205,7 @@ class Learner:
             method.end_task(ctx)
         if self.policy == "stacked":
             self._fold()
+        extra_parameters.detach(self.model)
         adapters.set_trainable(self.model, [])
         self.stage = ctx.index
         self._deploy()

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from transformers import PrinterCallback
+from transformers import PreTrainedModel, PrinterCallback
 
 from mllm_cl.data.builders import BENCHMARKS
 from mllm_cl.data.rows import Row
@@ -30,15 +30,19 @@ from mllm_cl.evaluation.engine import GenerationSettings, Route
 from mllm_cl.evaluation.matrix import AccuracyMatrix, stage_name
 from mllm_cl.files import explained, folder_bytes, folder_sha256, new_folder, remove, remove_unfinished
 from mllm_cl.methods import Method
+from mllm_cl.model_section import AUTO
+from mllm_cl.models.extra_parameters import attached
 from mllm_cl.models.load import base_fingerprint, load_from_section
 from mllm_cl.recipe import Recipe
 from mllm_cl.streams import Stream, Task, load_benchmark, stream_of_section
 from mllm_cl.streams.fingerprint import digest_rows
 from mllm_cl.streams.validate import ensure_valid
 from mllm_cl.training.arguments import runs_on_cpu, training_arguments
-from mllm_cl.training.budget import check_stored, check_trainable
-from mllm_cl.training.capabilities import build_methods, check_stream
+from mllm_cl.training.budget import check_stored, check_trainable, fitting_rank, fitting_steps
+from mllm_cl.training.capabilities import PROBE_RANK, build_methods, check_stream
 from mllm_cl.training.checkpoint import last_checkpoint
+from mllm_cl.training.flops import Work
+from mllm_cl.training.launchers import launcher, without_fsdp_of_accelerate
 from mllm_cl.training.learner import Learner
 from mllm_cl.training.ledger import Ledger
 from mllm_cl.training.progress import Progress, Silent, StepProgress
@@ -46,6 +50,8 @@ from mllm_cl.training.run_folder import RunFolder, environment, find_run, start_
 from mllm_cl.training.seeds import derived_seed
 from mllm_cl.training.trainer import ContinualTrainer
 
+COUNTED_ROWS = ("inquiry_rows", "memory_rows", "reference_rows")
+"""Rows beside those of the task, as methods count them in `ctx.cost`."""
 AfterStage = Callable[[Path, int], str | None]
 """Run folder and stage -> where the stage went, or `None` if it went nowhere and is to be offered again."""
 
@@ -70,22 +76,26 @@ def run_stream(recipe: Recipe, progress: Progress | None = None, after_stage: Af
         stream = stream_of_section(recipe.stream)
         check_stream(recipe, stream)
         ensure_valid(stream)
-    run = Run(recipe, stream, methods, progress)
+    started = launcher(recipe.training)
+    with without_fsdp_of_accelerate():
+        run = Run(recipe, stream, methods, progress, started)
 
-    run.measure(stage=0)
-    for stage, task in enumerate(stream, start=1):
-        run.learn(stage, task)
-        run.measure(stage)
-        run.hand_over(stage, after_stage)
+        run.measure(stage=0)
+        for stage, task in enumerate(stream, start=1):
+            run.learn(stage, task)
+            run.measure(stage)
+            run.hand_over(stage, after_stage)
 
-    run.complete()
+        run.complete()
     return run.folder
 
 
 class Run:
     """One execution of a recipe: what the loop above calls."""
 
-    def __init__(self, recipe: Recipe, stream: Stream, methods: Sequence[Method], progress: Progress) -> None:
+    def __init__(
+        self, recipe: Recipe, stream: Stream, methods: Sequence[Method], progress: Progress, started: str
+    ) -> None:
         self.recipe, self.stream, self.progress = recipe, stream, progress
         self.state = PartialState(cpu=runs_on_cpu(recipe.training))
         self.tasks = [task.name for task in stream]
@@ -99,8 +109,11 @@ class Run:
         self.base = base_fingerprint(model)
         self._check_ledger("base_fingerprint", self.base, "the weights of the base model")
         self._check_processes()
-        self.learner = Learner.from_recipe(recipe, model, self.processor, methods)
+        ranked = recipe.model.with_rank(self._rank(model))
+        self.learner = Learner.from_recipe(recipe.model_copy(update={"model": ranked}), model, self.processor, methods)
         self.learner.model.to(self.state.device)
+        if started == "fsdp2":
+            self.learner.shard()
         self.matrix = AccuracyMatrix(
             tasks=self.tasks,
             metric=[task.metric for task in stream],
@@ -122,20 +135,23 @@ class Run:
         with explained(checkpoints):
             checkpoints.mkdir(parents=True, exist_ok=True)
         args = training_arguments(self.recipe.training, checkpoints, derived_seed(self.recipe.seed, "training", stage))
-        with self.progress.waiting(f"{name}: preparing"):
-            trainer = ContinualTrainer(args=args, task=task, stream=self.stream, learner=self.learner)
-        if stage == 1:
-            check_trainable(self.recipe.budget, self.learner.parameters(), self.learner.lora.r)
-        trainer.remove_callback(PrinterCallback)  # prints dictionaries between the progress bars
-        facts: dict[str, Any] = {
-            "trained": trainer.rows > 0,
-            "trainable_parameters": self.learner.parameters(),
-            "train_rows": trainer.rows,
-        }
-        checkpoint = last_checkpoint(checkpoints)
-        with self.progress.bar(f"{name}: training", trainer.rows) as advance:
-            trainer.add_callback(StepProgress(advance, trainer.rows))
-            output = trainer.train(resume_from_checkpoint=checkpoint)
+        with Work(self.learner.model.get_base_model()) as work:  # type: ignore[arg-type]
+            with self.progress.waiting(f"{name}: preparing"):
+                trainer = ContinualTrainer(args=args, task=task, stream=self.stream, learner=self.learner)
+                work.move_to(trainer.ctx.cost)
+                self._hold_to_budget(stage, trainer)
+            trainer.remove_callback(PrinterCallback)  # prints dictionaries between the progress bars
+            facts: dict[str, Any] = {
+                "trained": trainer.rows > 0,
+                "trainable_parameters": self.learner.parameters(),
+                "train_rows": trainer.rows,
+                **dict.fromkeys(COUNTED_ROWS, 0),
+            }
+            checkpoint = last_checkpoint(checkpoints)
+            with self.progress.bar(f"{name}: training", trainer.rows) as advance:
+                trainer.add_callback(StepProgress(advance, trainer.rows))
+                trainer.add_callback(work)
+                output = trainer.train(resume_from_checkpoint=checkpoint)
         facts |= {
             "steps": output.global_step,
             "resumed_at_step": int(checkpoint.rpartition("-")[2]) if checkpoint else 0,
@@ -144,11 +160,26 @@ class Run:
             "peak_memory_mib": peak_memory_mib(),
             "truncation_error": self.learner.truncation_error,
             "tokens": trainer.state.num_input_tokens_seen,
-            **trainer.ctx.cost,
+            **work.facts(output.global_step * args.gradient_accumulation_steps),
         }
         del trainer
         gc.collect()  # a trainer is part of reference cycles; its optimizer and DDP wrapper must not outlive the task
         self._write_stage(stage, task, facts)
+
+    def _hold_to_budget(self, stage: int, trainer: ContinualTrainer) -> None:
+        """Checks the rank of the first task, or sets the steps of each; a resumed stage keeps those it was started with."""
+        budget = self.recipe.budget
+        if stage == 1:
+            extra = sum(own.numel() for own in attached(self.learner.model).values())
+            check_trainable(budget, self.learner.parameters(), self.learner.lora.r, extra)
+        if budget is None or budget.kind != "flops" or not trainer.rows:
+            return
+        planned = self.ledger.find("budget", stage=stage)
+        if planned is None:
+            before = [entry for entry in map(self._trained, range(1, stage)) if entry is not None]
+            planned = {"steps": fitting_steps(budget, trainer, before), "flops": trainer.ctx.cost["flops"]}
+            self.ledger.append("budget", stage=stage, **planned)
+        trainer.args.max_steps, trainer.ctx.cost["flops"] = planned["steps"], planned["flops"]
 
     def _write_stage(self, stage: int, task: Task, facts: dict[str, Any]) -> None:
         folder = self.folder.stage(self._name(stage))
@@ -293,6 +324,13 @@ class Run:
                 fix="continue with as many processes, or start a new run in another output_dir.",
             )
 
+    def _rank(self, model: PreTrainedModel) -> int:
+        """The rank that `auto` stands for in this run."""
+        if self.recipe.model.lora.get("r") != AUTO:
+            return PROBE_RANK
+        started = self.ledger.find("started")
+        return started["rank"] if started else fitting_rank(self.recipe, self.stream, model, self.processor)
+
     def _start(self) -> None:
         """The first thing that writes: recipe, environment, ledger; what a killed process left half done is removed."""
         if self.state.is_main_process:
@@ -305,7 +343,7 @@ class Run:
         self.state.wait_for_everyone()
         if self.ledger.find("started") is None:
             facts = {"stream_fingerprint": self.stream.fingerprint, "base_fingerprint": self.base, "tasks": self.tasks}
-            self.ledger.append("started", **facts, processes=self.state.num_processes)
+            self.ledger.append("started", **facts, processes=self.state.num_processes, rank=self.learner.lora.r)
 
     def _trained(self, stage: int) -> dict[str, Any] | None:
         return self.ledger.find("stage_trained", stage=stage)

@@ -9,6 +9,7 @@ comes scaled with `batch.share(...)`, so neither gradient accumulation nor the n
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from mllm_cl.methods import Context, Method, TrainBatch
 from mllm_cl.methods.base import overrides
 from mllm_cl.methods.inquiry_regularization import InquiryRegularization
 from mllm_cl.methods.spectral_consolidation import SpectralConsolidation
-from mllm_cl.models import adapters
+from mllm_cl.models import adapters, extra_parameters
 from mllm_cl.streams import Stream, Task
 from mllm_cl.training.arguments import adapt_arguments
 from mllm_cl.training.capabilities import check_plain
@@ -107,7 +108,7 @@ class ContinualTrainer(CheckpointedTrainer):
         self._term_methods = [method for method in learner.methods if overrides(method, "loss_terms")]
         self._trained = [parameter for parameter in learner.model.parameters() if parameter.requires_grad]
         self.add_callback(_CountEpochs(self.ctx))
-        self.add_callback(_Steps(learner.methods, self.ctx))
+        self.add_callback(_Steps(learner, self.ctx))
 
     def _learner_of(
         self,
@@ -143,7 +144,7 @@ class ContinualTrainer(CheckpointedTrainer):
                 expected="one trainer per task, trained once",
                 fix="make a new trainer.",
             )
-        with _given_back(self.learner.model):
+        with _given_back(self.learner.model), self.learner.sharded():
             output = super().train(*args, **kwargs) if self.rows else TrainOutput(0, 0.0, {})
         self.model_wrapped = self.model
         set_seed(self.args.seed)  # the end of a task does not depend on where training was resumed
@@ -152,6 +153,24 @@ class ContinualTrainer(CheckpointedTrainer):
         if self.accelerator.is_main_process:
             remove(self.ctx.cache)
         return output
+
+    def rehearse(self) -> None:
+        """Runs the passes of one micro-batch as a step would and takes back what it changed, for who counts its work."""
+        states = copy.deepcopy([method.state_dict() for method in self.learner.methods])
+        drawn, count = self.ctx.rng.get_state(), self.args.per_device_train_batch_size
+        chosen: list[Any] = [self.train_dataset[index * self.rows // count] for index in range(count)]  # type: ignore[index,arg-type]
+        with torch.random.fork_rng():  # dropout
+            self.model.train()  # type: ignore[union-attr]
+            batch = self.data_collator(chosen)
+            (batch,), items = self.get_batch_samples(iter([batch]), 1, self.args.device)
+            self.compute_loss(self.model, self._prepare_inputs(batch), num_items_in_batch=items).backward()  # type: ignore[arg-type]
+            for method in self.learner.methods:
+                method.before_step(self.ctx)
+        self.model.zero_grad()  # type: ignore[union-attr]
+        for method, state in zip(self.learner.methods, states):
+            method.load_state_dict(state)
+        self.ctx.rng.set_state(drawn)
+        self._term_sums, self._term_count = {}, 0
 
     # the loss --------------------------------------------------------------------------------------------------------
 
@@ -176,6 +195,16 @@ class ContinualTrainer(CheckpointedTrainer):
             # DDP waits for every trained parameter, also for those that this process's rows do not reach (no image, no inquiry)
             loss = loss + 0.0 * torch.stack([parameter.sum() for parameter in self._trained]).sum()
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        if self.learner.shards is None or not self._term_methods:
+            return super().training_step(model, inputs, *args, **kwargs)
+        kinds = [float(kind in inputs.get(COMPANIONS, {})) for kind in COMPANION_KINDS]
+        having: Any = self.accelerator.reduce(torch.tensor(kinds, device=self.args.device), reduction="sum")
+        even = all(count in (0, self.accelerator.num_processes) for count in having.tolist())
+        # otherwise some processes would run the layers, and gather their weights, more often than others
+        with contextlib.nullcontext() if even else self.learner.whole():
+            return super().training_step(model, inputs, *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         made = self.optimizer is None
@@ -224,6 +253,7 @@ class ContinualTrainer(CheckpointedTrainer):
         name = self.learner.trained_name(self.ctx.task)
         adapters.save_adapter(self.learner.model, name, folder / "adapter")
         save_states(folder / "method", self.learner.methods)
+        save_tree(folder, "parameters", extra_parameters.attached(self.learner.model))
         used = {"task": self.ctx.task.name, "rng": self.ctx.rng.get_state(), "cost": dict(self.ctx.cost)}
         save_tree(folder, "context", used)
 
@@ -236,6 +266,7 @@ class ContinualTrainer(CheckpointedTrainer):
             )
         adapters.load_adapter_state(self.learner.model, name, adapters.read_state(folder / "adapter"), str(folder))
         load_states(folder / "method", self.learner.methods)
+        extra_parameters.load(self.learner.model, load_tree(folder, "parameters"))
         self.ctx.rng.set_state(used["rng"])
         self.ctx.cost.clear()
         self.ctx.cost.update(used["cost"])
@@ -267,14 +298,16 @@ class _CountEpochs(TrainerCallback):
 class _Steps(TrainerCallback):
     """Calls the hooks of the methods around the optimizer step."""
 
-    def __init__(self, methods: Sequence[Method], ctx: Context) -> None:
-        self.before = [method for method in methods if overrides(method, "before_step")]
-        self.after = [method for method in methods if overrides(method, "after_step")]
-        self.ctx = ctx
+    def __init__(self, learner: Learner, ctx: Context) -> None:
+        self.before = [method for method in learner.methods if overrides(method, "before_step")]
+        self.after = [method for method in learner.methods if overrides(method, "after_step")]
+        self.learner, self.ctx = learner, ctx
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        for method in self.before:
-            method.before_step(self.ctx)
+        if self.before:
+            with self.learner.whole():
+                for method in self.before:
+                    method.before_step(self.ctx)
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         for method in self.after:

@@ -21,11 +21,20 @@ SMALL = {
     "replay": {"size": 4},
     "derpp": {"size": 4, "ratio": 0.2},
     "agem": {"size": 4, "batch": 2},
+    "gem": {"size": 4, "batch": 2},
     **{
         name: {"samples": 2}
-        for name in ("ewc", "online_ewc", "mas", "model_tailor", "inflora", "keeplora", "lora_null")
+        for name in ("ewc", "online_ewc", "mas", "model_tailor", "inflora", "keeplora", "lora_null", "corda")
     },
     **{name: {"samples": 2} for name in ("task_adapters", "disco", "hide", "shared_specific")},
+    "moelora": {"experts": 2},
+    "mr_lora": {"shots": 2, "epochs": 1},
+    "smolora": {"blocks": 1},
+    "clmoe": {"experts": 2, "samples": 2},
+    "branchlora": {"experts": 2, "samples": 2},
+    "progressive_prompts": {"length": 2},
+    "l2p": {"pool": 3, "top": 2, "length": 2},
+    "modal_prompt": {"length": 2},
 }
 PAIRS = list(itertools.combinations(METHODS, 2))
 
@@ -63,6 +72,8 @@ def expected_refusal(one: str, two: str) -> bool:
     needs, roles = first.needs | second.needs, first.roles | second.roles
     if "previous" in needs and "per_task" in policies:
         return True
+    if "adapter" in needs and "training" in roles:
+        return True
     return "continued" in needs and "consolidation" in roles
 
 
@@ -73,7 +84,15 @@ def test_exactly_the_impossible_pairs_are_refused():
 
 
 @pytest.mark.parametrize(
-    "words", ["baseline of its own", "cannot be combined", "each do the", "go on from where", "previous stage"]
+    "words",
+    [
+        "baseline of its own",
+        "cannot be combined",
+        "each do the",
+        "go on from where",
+        "previous stage",
+        "acts on the adapter",
+    ],
 )
 def test_refusals_name_both_methods_and_what_to_do(words):
     """Every kind of refusal occurs, and every message names the two and says what to do."""

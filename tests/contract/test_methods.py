@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from method_options import SMALL
 from peft import PeftModel
 from transformers import TrainerCallback
 
@@ -14,6 +15,8 @@ from mllm_cl.data.collate import Collator
 from mllm_cl.data.rows import Rows
 from mllm_cl.evaluation.engine import GenerationSettings, generate
 from mllm_cl.methods import METHODS, Method, build_method
+from mllm_cl.methods._experts import Experts
+from mllm_cl.methods._prompts import Prompts
 from mllm_cl.methods.base import overrides
 from mllm_cl.methods.ewc import EWC
 from mllm_cl.methods.finetune import Finetune
@@ -54,24 +57,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "adapters-prototype": (lambda: [TaskAdapters(samples=6)], {}),
     "adapters-oracle": (lambda: [TaskAdapters(router="oracle")], {}),
     "adapters-ridge": (lambda: [TaskAdapters(router="ridge", samples=6)], {}),
-}
-SMALL: dict[str, dict[str, Any]] = {  # options that suit two tasks of 24 rows; every other method has its defaults
-    "model_tailor": {"samples": 6},
-    "online_ewc": {"samples": 6},
-    "disco": {"samples": 6},
-    "agem": {"size": 5, "batch": 3},
-    "lora_null": {"samples": 4},
-    "ema": {"decay": 0.5},
-    "hide": {"samples": 6},
-    "shared_specific": {"samples": 6},
-    "inflora": {"samples": 6, "energy": 0.5},
-    "keeplora": {"samples": 6, "energy": 0.5},
-    "reglora": {"strength": 1.0, "share": 0.1},
-    "n_lora": {"strength": 0.01},
-    "clora": {"strength": 0.1},
-    "mas": {"samples": 6},
-    "derpp": {"size": 5, "ratio": 0.3},
-    "generic_mix": {"share": 0.2},
+    "adapters-generative": (lambda: [TaskAdapters(router="generative", samples=6)], {}),
 }
 COVERED = {"spectral_consolidation", "inquiry_regularization", "task_adapters", "replay", "lwf", "ewc"}
 
@@ -83,16 +69,20 @@ def built(name: str) -> list[Method]:
 CASES |= {name: (lambda name=name: built(name), {}) for name in METHODS if name not in COVERED | CASES.keys()}
 STACKED = ("finetune-stacked", "lwf-stacked", "sac", "llava-c")
 PER_TASK = tuple(case for case, (make, _) in CASES.items() if any(m.adapters == "per_task" for m in make()))
+PROMPTED = tuple(case for case, (make, _) in CASES.items() if any(isinstance(m, Prompts) for m in make()))
+INSTEAD = tuple(case for case, (make, _) in CASES.items() if any("training" in m.roles for m in make()))  # of adapters
+GATED = tuple(case for case, (make, _) in CASES.items() if any(isinstance(m, Experts) for m in make())) + PROMPTED
 STEPPING = tuple(  # what acts in a training step; accumulation cannot touch the others
     case
     for case, (make, _) in CASES.items()
     if case == "finetune"
-    or any(overrides(m, hook) for m in make() for hook in ("loss_terms", "before_step", "after_step"))
+    or any(overrides(m, hook) for m in make() for hook in ("parameters", "loss_terms", "before_step", "after_step"))
 )
 TERMS = {"lwf": "lwf", "lwf-top-k": "lwf", "lwf-stacked": "lwf", "llava-c": "uir"} | dict.fromkeys(PRESETS, "uir")
 TERMS |= {name: name for name in ("ewc", "online_ewc", "si", "mas", "reglora")}
 LATER: dict[str, tuple[str, ...]] = {"derpp": ("derpp_logits", "derpp_answers"), "o_lora": ("o_lora",)}
 ALWAYS: dict[str, tuple[str, ...]] = {"n_lora": ("n_lora",), "clora": ("clora",), "token_weights": ("token_weights",)}
+ALWAYS |= {name: (name,) for name in ("l2p", "modal_prompt")}
 
 
 class Spy(Method):
@@ -124,7 +114,8 @@ class Spy(Method):
 
     @staticmethod
     def names(ctx) -> set[str]:
-        return {name for name, parameter in ctx.model.named_parameters() if parameter.requires_grad}
+        """Trained adapter weights; what methods train beside them is theirs (tests/models/test_extra_parameters.py)."""
+        return {n for n, p in ctx.model.named_parameters() if p.requires_grad and not n.startswith("method_parameters")}
 
 
 @dataclass
@@ -195,8 +186,9 @@ def learnt_loss(entry: dict[str, Any]) -> float:
 
 def test_the_first_task_that_is_trained_is_learnt(case, story):
     history = story.histories[1 if case == "joint" else 0]
-    part = case in ("attention_only", "gate_up_only", "bottom_frozen")  # half of the matrices or fewer
-    assert learnt_loss(history[-1]) < (0.9 if part else 0.8) * learnt_loss(history[0])
+    part = case in ("attention_only", "gate_up_only", "bottom_frozen", "smolora")  # half of the matrices or of the rank
+    share = 0.97 if case in PROMPTED else 0.9 if part else 0.8  # random weights have little that a prompt calls up
+    assert learnt_loss(history[-1]) < share * learnt_loss(history[0])
 
 
 def test_the_second_task_is_trained(story):
@@ -232,6 +224,9 @@ def test_the_base_is_never_written(story):
 def test_only_the_tasks_own_adapter_is_trainable(case, story):
     assert story.spy.trainable
     for names in story.spy.trainable:
+        if case in INSTEAD:
+            assert not names
+            continue
         owners = {name.split(".lora_")[1].split(".")[1] for name in names}
         branches = {"default"} if case == "shared_specific" else set()  # its shared branch learns the first task too
         assert len(owners - branches) == 1
@@ -244,7 +239,7 @@ def mixed_rows(stream: Stream) -> list[Any]:
     return [row for pair in zip(stream[0].test, stream[1].test) for row in pair]
 
 
-@pytest.mark.parametrize("case", ["finetune", "finetune-stacked", *PER_TASK])  # the others answer as one of these does
+@pytest.mark.parametrize("case", ["finetune", "finetune-stacked", *PER_TASK, *GATED])  # the others answer like one
 def test_answers_do_not_depend_on_the_batch(case, story):
     rows, learner = mixed_rows(story.stream), story.learner
     for task in (story.stream[0].name, None):
@@ -257,6 +252,8 @@ def test_answers_do_not_depend_on_the_batch(case, story):
 
 
 def test_saved_adapters_load_in_plain_peft(case, story, fresh):
+    if case in GATED:
+        pytest.skip("loads, but without its gates: see the next test")
     learner = story.learner
     rows = mixed_rows(story.stream)[:4]
     inputs = Collator(learner.processor)(rows)
@@ -267,6 +264,26 @@ def test_saved_adapters_load_in_plain_peft(case, story, fresh):
         plain = PeftModel.from_pretrained(fresh()[0], str(story.folder / "2" / "adapter" / folder)).eval()
         with torch.no_grad(), adapters.active(learner.model, names):
             assert torch.equal(plain(**inputs).logits, learner.model.eval()(**inputs).logits)
+
+
+@pytest.mark.parametrize("case", GATED)
+def test_gated_adapters_answer_from_disk_as_they_did(case, story, make_learner):
+    """In a new process: the adapter's folder, the method's state, and `route` before the rows are answered."""
+    methods, settings = CASES[case]
+    rows, results = mixed_rows(story.stream)[:5], []
+    again = make_learner(*methods(), **settings)
+    again.load_stage(story.folder / "2" / "adapter", story.folder / "2" / "method", 2)
+    for learner in (story.learner, again):
+        inputs = Collator(learner.processor, for_generation=True)(rows)
+        route = learner.router(learner.context(story.stream[1], story.stream, None), None)
+        assert route(rows) is None
+        with torch.no_grad():
+            results.append(learner.model.eval()(**inputs).logits)
+            with adapters.active(learner.model, []):
+                results.append(learner.model(**inputs).logits)
+    assert torch.equal(results[0], results[2])
+    assert torch.equal(results[1], results[3])  # the untouched base
+    assert not torch.equal(results[0], results[1])
 
 
 @pytest.mark.parametrize("case", PER_TASK)

@@ -23,12 +23,23 @@ CASES: dict[str, dict[str, Any]] = {
     "ema": {"decay": 0.5},
     "slao": {},
     "agem": {"size": 4, "batch": 2},
+    "gem": {"size": 4, "batch": 2},
     "derpp": {"size": 4, "ratio": 0.5},
     "replay": {"size": 4, "policy": "surprise"},
     "magmax": {},
     "inflora": {"samples": 4, "energy": 0.5},
     "mica": {},
     "shared_specific": {"samples": 4, "slowness": 0.5},
+    "moelora": {"experts": 2},
+    "mr_lora": {"shots": 4, "epochs": 2, "learning_rate": 0.01},
+    "sd_lora": {},
+    "smolora": {"blocks": 2},
+    "clmoe": {"experts": 4, "important": 1, "samples": 4},
+    "branchlora": {"experts": 4, "samples": 4},
+    "osf": {},
+    "progressive_prompts": {},
+    "l2p": {"pool": 4, "top": 2},
+    "modal_prompt": {},
 }
 
 

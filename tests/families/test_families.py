@@ -10,22 +10,26 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from family_templates import TOKENS
 from family_zoo import FAMILIES, Family, build_family
 from peft import LoraConfig, PeftModel
 from PIL import Image
 
-from mllm_cl.data.collate import IGNORED, Collator, image_token_ids, image_tokens
+from mllm_cl.data.collate import IGNORED, Collator, image_token_ids, image_tokens, plain_text
 from mllm_cl.data.rows import Rows, assistant_message, user_message
 from mllm_cl.errors import DataError, ModelError
 from mllm_cl.evaluation.engine import GenerationSettings, generate, token_counts
 from mllm_cl.methods import METHODS, Method, build_method
+from mllm_cl.methods._prompts import Prompts
 from mllm_cl.methods.inquiry_regularization import InquiryRegularization
+from mllm_cl.methods.progressive_prompts import ProgressivePrompts
 from mllm_cl.methods.replay import Replay
 from mllm_cl.methods.spectral_consolidation import SpectralConsolidation
 from mllm_cl.methods.task_adapters import TaskAdapters
 from mllm_cl.models import adapters, parts
 from mllm_cl.models.load import base_fingerprint
+from mllm_cl.models.soft_prompts import SoftPrompts
 from mllm_cl.recipe import MethodSpec
 from mllm_cl.streams import Stream, Task
 from mllm_cl.training.learner import Learner
@@ -285,11 +289,50 @@ def test_two_tasks_with(case, instance, train_task):
     assert answers[0] == answers[1]
 
 
+@torch.no_grad()
+def test_soft_prompts_are_words_that_have_no_token(instance):
+    """A prompt made of the embeddings of words answers like the words themselves, in one pass and in generation."""
+    learner, stream = learner_of(instance, [ProgressivePrompts(length=3)]), instance.stream()
+    learner.begin_task(stream[0], stream, Accelerator(cpu=True))
+    model, processor = learner.model.eval(), instance.processor
+    inputs = Collator(processor, for_generation=True)(list(stream[0].test[:1]))
+    words = processor.tokenizer("red no", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    vectors = model.get_base_model().get_input_embeddings()(words)
+    soft, ids = SoftPrompts.of(model), inputs["input_ids"]
+    soft.choose = lambda inputs: vectors
+    refused = [name for name, value in inputs.items() if value.shape[:2] == ids.shape and value.dim() > 2]
+    if refused:
+        with pytest.raises(ModelError, match=refused[0]):
+            model(**inputs)
+        return
+    start = int(ids[0, 0] == processor.tokenizer.bos_token_id)
+    written = dict(inputs)
+    for name, value in inputs.items():
+        if value.shape == ids.shape:
+            middle = {"input_ids": words, "attention_mask": torch.ones_like(words)}.get(name, torch.zeros_like(words))
+            written[name] = torch.cat([value[:, :start], middle.to(value.dtype), value[:, start:]], dim=1)
+    logits = model(**inputs).logits
+    with soft.paused():
+        plain = model(**written).logits
+        tokens = model.generate(**written, max_new_tokens=4, do_sample=False)[:, written["input_ids"].shape[1] :]
+    keep = [place for place in range(plain.shape[1]) if not start <= place < start + words.shape[1]]
+    assert torch.equal(logits, plain[:, keep])
+    (answer,) = generate(model, processor, list(stream[0].test[:1]), GenerationSettings(4, 1))
+    assert answer == plain_text(processor.batch_decode(tokens, skip_special_tokens=True)[0])
+
+
 OPTIONS = {
     "ewc": {"samples": 4},
     "lora_null": {"samples": 4},
+    "corda": {"samples": 4},
     "inquiry_regularization": {"ratio": 0.5},
     "task_adapters": {"samples": 4},
+    "moelora": {"experts": 2},
+    "mr_lora": {"shots": 2, "epochs": 1},
+    "clmoe": {"experts": 2, "samples": 4},
+    "smolora": {"blocks": 1},
+    "branchlora": {"experts": 2, "samples": 4},
+    "l2p": {"pool": 2, "top": 1},
 }
 
 
@@ -302,6 +345,7 @@ def test_every_method_learns_where_positions_have_three_axes(method, instances, 
     for _ in stream:
         train_task(learner, stream, **SETTINGS)
     assert base_fingerprint(learner.model) == instance.fingerprint
-    assert any(moved(state) for state in weights_of(learner).values())
+    if not isinstance(learner.methods[0], Prompts):  # they leave the adapter as it is
+        assert any(moved(state) for state in weights_of(learner).values())
     answers = [generate(learner.model, instance.processor, instance.mixed(), GenerationSettings(3, n)) for n in (1, 4)]
     assert answers[0] == answers[1]

@@ -341,6 +341,15 @@ def finished(recipe_for: RecipeFor, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="session")
+def gated(recipe_for: RecipeFor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with one adapter of experts."""
+    from mllm_cl.training.loop import run_stream
+
+    place = tmp_path_factory.mktemp("gated") / "run"
+    return run_stream(recipe_for(place, {"branchlora": {"experts": 2, "samples": 6}})).root
+
+
+@pytest.fixture(scope="session")
 def routed(recipe_for: RecipeFor, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with one adapter per task."""
     from mllm_cl.training.loop import run_stream

@@ -99,6 +99,27 @@ def test_adapters_that_a_router_chooses_from_are_not_merged(routed: Path, tmp_pa
     assert call("export", one, "--merge", "--out", tmp_path / "merged").exit_code == 2
 
 
+def test_experts_are_published_with_their_gates_and_not_merged(
+    hub: Any, gated: Path, stream_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    push(publish(gated, "owner/experts", None, hub_section({}, base_model=None, licence=None)))
+    tree = hub.tree("owner/experts")
+    assert "run/stages/02-is.red/method/00-branchlora/state.safetensors" in tree
+    shutil.copy(stream_file.parent / "0.png", tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    (code,) = blocks(tree["README.md"])
+    capsys.readouterr()
+    exec(compile(code, "card", "exec"), {})
+    assert capsys.readouterr().out.strip() == answers(gated, "02-is.red", "colour")["colour-0"]
+    for place, words in (
+        (gated, "gates depend on what is asked"),
+        (gated / "stages/02-is.red/adapter", "RUN/stages/NN"),
+    ):
+        outcome = call("export", place, "--merge", "--out", tmp_path / "merged")
+        assert outcome.exit_code == 2
+        assert words in outcome.output
+
+
 def test_export_without_merging_writes_what_a_push_uploads(finished: Path, tmp_path: Path) -> None:
     outcome = call("export", finished, "--out", tmp_path / "folder", "--repo_id", "owner/one")
     assert outcome.exit_code == 0, outcome.output

@@ -22,7 +22,16 @@ from mllm_cl.recipe import MethodSpec
 from mllm_cl.training.arguments import check_training
 from mllm_cl.training.learner import Learner
 
-OPTIONS = {"inquiry_regularization": {"ratio": 0.3}, "lora_null": {"samples": 2}}
+OPTIONS = {
+    "inquiry_regularization": {"ratio": 0.3},
+    "lora_null": {"samples": 2},
+    "corda": {"samples": 2},
+    "moelora": {"experts": 2},
+    "mr_lora": {"shots": 2, "epochs": 1},
+    "clmoe": {"experts": 2, "samples": 2},
+    "smolora": {"blocks": 1},
+    "branchlora": {"experts": 2, "samples": 2},
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +61,12 @@ def test_every_method_learns_on_a_quantised_base(method, kind, quantised, small_
     assert base_fingerprint(learner.model) == before
     states = [adapters.adapter_state(learner.model, name) for name in adapters.adapter_names(learner.model)]
     assert all(bool(value.isfinite().all()) for state in states for value in state.values())
-    assert any(bool(value.any()) for state in states for name, value in state.items() if "lora_B" in name)
+    own = [value for name, value in learner.methods[0].state_dict().tensors.items() if name.startswith("vectors/")]
+    learnt = own or [
+        value for state in states for name, value in state.items() if "lora_B" in name
+    ]  # prompts, adapters
+    assert any(bool(value.any()) for value in learnt)
+    assert all(bool(value.isfinite().all()) for value in own)
 
 
 class Gradients(TrainerCallback):

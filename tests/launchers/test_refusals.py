@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,20 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
-from mllm_cl.errors import ModelError, RecipeError
-from mllm_cl.methods import METHODS
+from mllm_cl.errors import MethodError, ModelError, RecipeError
+from mllm_cl.methods import METHODS, method_class
 from mllm_cl.recipe import load_recipe
 from mllm_cl.training import capabilities
+from mllm_cl.training.arguments import training_arguments
 from mllm_cl.training.capabilities import build_methods
-from mllm_cl.training.launchers import LAUNCHERS, QUANTIZATIONS, REFUSED, launcher, refusal
+from mllm_cl.training.launchers import (
+    LAUNCHERS,
+    QUANTIZATIONS,
+    REFUSED,
+    launcher,
+    refusal,
+    without_fsdp_of_accelerate,
+)
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "accelerate"
 FILES = {"single": "single", "ddp": "ddp", "zero2": "zero2", "zero3": "zero3", "fsdp2": "fsdp2"}
@@ -60,8 +69,12 @@ def test_every_cell_is_allowed_or_refused_for_every_method(monkeypatch, name, qu
     for method in METHODS:
         asked = recipe(method, model={"quantization": quantization})
         why = refusal(name, quantization)
-        if why is None:
+        if why is None and name in method_class(method).supports:
             build_methods(asked)
+            continue
+        if why is None:
+            with pytest.raises(MethodError, match=f"{method} does not work under {name}"):
+                build_methods(asked)
             continue
         with pytest.raises(RecipeError) as caught:
             build_methods(asked)
@@ -80,10 +93,35 @@ def test_deepspeed_and_fsdp_in_the_recipe_are_seen(tmp_path):
         ({"deepspeed": {"train_batch_size": 4}}, "zero1"),
     ):
         assert launcher(given) == expected
+        if expected not in REFUSED:
+            continue
         with pytest.raises(RecipeError, match=expected):
             build_methods(recipe(training=given))
     with pytest.raises(RecipeError, match="cannot be read"):
         launcher({"deepspeed": str(tmp_path / "none.json")})
+
+
+def test_shards_need_a_second_process(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RecipeError, match="there is one process"):
+        build_methods(recipe())
+
+
+def test_what_is_sharded_is_not_for_the_recipe_to_say(monkeypatch):
+    start(monkeypatch, "fsdp2")
+    with pytest.raises(RecipeError, match=r"training\.fsdp_config"):
+        build_methods(recipe(training={"fsdp": True, "fsdp_config": {"fsdp_version": 2}}))
+
+
+def test_accelerate_does_not_shard_a_second_time(monkeypatch):
+    start(monkeypatch, "fsdp2")
+    with without_fsdp_of_accelerate():
+        assert "ACCELERATE_USE_FSDP" not in os.environ
+    assert launcher() == "fsdp2"
+
+
+def test_the_trainer_does_not_hear_of_fsdp():
+    assert not training_arguments({"fsdp": True}, RECIPES, 0).fsdp
 
 
 def test_missing_bitsandbytes_is_refused_before_loading(monkeypatch):
@@ -126,5 +164,13 @@ def test_accelerate_reads_the_shipped_configurations(name, monkeypatch):
     for key in [key for key in environment if key.startswith(("ACCELERATE_", "FSDP_"))]:
         monkeypatch.setenv(key, environment[key])
     assert launcher() == name
-    assert name in REFUSED
-    assert "REFUSED" in (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+    assert (name in REFUSED) == ("REFUSED" in (RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_a_budget_of_flops_is_for_one_process(monkeypatch, name):
+    asked = recipe(budget={"kind": "flops", "value": 10**9})
+    build_methods(asked)
+    start(monkeypatch, name)
+    with pytest.raises(RecipeError, match=f"flops does not work with {name}"):
+        build_methods(asked)

@@ -1,4 +1,4 @@
-"""InfLoRA and KeepLoRA: where the fixed A comes from, and that earlier directions are left alone exactly."""
+"""InfLoRA, KeepLoRA and CorDA: where A comes from, and that earlier directions are left alone exactly."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mllm_cl.methods._statistics import sketch_gradients, sketch_inputs
+from mllm_cl.methods.corda import CorDA, least_used
 from mllm_cl.methods.inflora import InfLora
 from mllm_cl.methods.keeplora import KeepLora
 from mllm_cl.models.adapters import TASK, factors, lora_layers
@@ -108,3 +109,37 @@ def test_keeplora_starts_from_the_base_weights(begin, small_stream):
         captured = (weight @ method.basis[name].double()).square().sum() / weight.square().sum()
         fewer = (weight @ method.basis[name][:, :-1].double()).square().sum() / weight.square().sum()
         assert fewer < 0.5 <= captured + 1e-6
+
+
+def test_corda_starts_in_the_components_that_general_inputs_need_least(begin, small_stream):
+    """W C = U Σ Vᵀ: the directions lose less of W C than any others, and the base stays what it is."""
+    from mllm_cl.data.builders.general import general_rows
+
+    _, ctx = begin(small_stream(2, rows=4), CorDA(samples=3), rank=4)
+    moments = sketch_inputs(ctx, 3, 2**31, rows=general_rows("train", size=3, seed=0))
+    for name, layer in layers_of(ctx).items():
+        a, b = (factor.weight.detach().double() for factor in factors(layer, TASK))
+        assert all(factor.weight.requires_grad for factor in factors(layer, TASK))
+        assert float(b.abs().max()) == 0
+        moment, weight = moments.of(name).double(), layer.get_base_layer().weight.detach().double()
+        moment = moment + 0.01 * moment.diagonal().mean() * torch.eye(len(moment))
+        _, sigma, vh = torch.linalg.svd(weight @ moment, full_matrices=False)
+        exact = vh[-4:] @ torch.linalg.inv(moment)
+        assert torch.allclose(a.norm(dim=1), torch.ones(4).double(), atol=1e-5)
+        unit = exact / exact.norm(dim=1, keepdim=True)
+        overlap = (a.flip(0) * unit).sum(dim=1).abs()
+        distinct = sigma[-5:].diff().abs() > 1e-4 * sigma[0]
+        assert torch.allclose(overlap[distinct[-4:]], torch.ones(()).double(), atol=1e-2) or not distinct.any()
+    with torch.no_grad():
+        inputs = ctx.collate([small_stream(1, rows=4)[0].train[0]])
+        started = ctx.model.eval()(**inputs).logits
+        with ctx.reference("base"):
+            assert torch.equal(ctx.model(**inputs).logits, started)
+
+
+def test_corda_by_hand():
+    """C is the identity: the right singular vectors of W; else a strong input makes a weak weight count."""
+    weight = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+    assert torch.allclose(least_used(weight, torch.eye(3), 2), torch.eye(3).double()[[2, 1]])
+    assert torch.allclose(least_used(weight, torch.diag(torch.tensor([0.01, 1.0, 9.0])), 1), torch.eye(3).double()[:1])
+    assert len(least_used(torch.ones(2, 3), torch.eye(3), 5)) == 2

@@ -42,7 +42,6 @@ def test_the_term_is_the_divergence_from_the_previous_stage(policy, begin, distu
     moved = {name for name, parameter in ctx.model.named_parameters() if parameter.grad is not None}
     assert moved
     assert all(f".{learner.trained_name(stream[1])}." in name for name in moved)
-    assert ctx.cost["extra_forward_passes"] == 2
 
 
 def test_batches_without_targets_cost_nothing(begin, small_stream, micro_batch, make_row):

@@ -8,19 +8,25 @@ import numpy as np
 import pytest
 import torch
 
+from mllm_cl.data.inquiry import question_of
 from mllm_cl.methods import RouteBatch
+from mllm_cl.methods._held import answered
 from mllm_cl.methods._layers import decoder_blocks
-from mllm_cl.methods._routing import gates, ridge_scores, similarities
+from mllm_cl.methods._routing import gates, gaussian_scores, ridge_scores, similarities
 from mllm_cl.methods.disco import Disco
 from mllm_cl.methods.hide import FUSED, TOP, HiDe
+from mllm_cl.methods.mr_lora import ROUTER, MRLoRA, letter_number, routing_question
 from mllm_cl.methods.shared_specific import SharedSpecific
 from mllm_cl.methods.task_adapters import TaskAdapters
 from mllm_cl.models.adapters import (
     DEFAULT,
+    active,
     adapter_deltas,
     adapter_names,
     adapter_parameters,
+    adapter_state,
     lora_layers,
+    remove_adapter,
     task_adapter,
 )
 
@@ -81,6 +87,92 @@ def test_ridge_tells_apart_what_prototypes_do_not(two_tasks):
     far = TaskAdapters(router="ridge", reject=3.0, penalty=1e-3)
     far.load_state_dict(method.state_dict())
     assert routed(far, learner, stream, [[-5.0, 0.2, 0.0]]) == [{}]
+
+
+def test_generative_scores_are_the_log_likelihoods_of_gaussians_with_one_covariance():
+    generator = np.random.default_rng(1)
+    rows, tasks = generator.normal(size=(40, 3)) @ np.diag([3.0, 1.0, 0.2]), generator.integers(0, 3, size=40)
+    rows = rows + np.eye(3)[tasks]
+    means = np.stack([rows[tasks == t].mean(axis=0) for t in range(3)])
+    pooled = (rows - means[tasks]).T @ (rows - means[tasks]) / 40
+    covariance = 0.9 * pooled + 0.1 * np.trace(pooled) / 3 * np.eye(3)
+    expected = np.array([[-0.5 * (x - m) @ np.linalg.inv(covariance) @ (x - m) for m in means] for x in rows])
+    scatters = [(rows[tasks == t] - means[t]).T @ (rows[tasks == t] - means[t]) for t in (1, 2, 0)]
+    given = [torch.tensor(array) for array in (rows, means, sum(scatters))]
+    found = gaussian_scores(*given, count=40, shrinkage=0.1).numpy()
+    np.testing.assert_allclose(found - found[:, :1], expected - expected[:, :1], atol=1e-9)
+
+
+def test_the_generative_router_knows_how_rows_vary(two_tasks):
+    """The first feature varies within both tasks, the second tells them apart; cosines see the first alone."""
+    one, two = [[3.0, 0.3], [9.0, 0.3], [5.0, 0.2], [7.0, 0.4]], [[3.0, -0.1], [11.0, -0.1], [6.0, 0.0], [8.0, -0.2]]
+    method = TaskAdapters(router="generative", reject=None, shrinkage=1e-3)
+    learner, stream, _ = two_tasks(method, (one, two))
+    asked = [[2.0, 0.05], [12.0, 0.15], [5.0, 0.25], [12.0, -0.1]]
+    expected = [{SECOND: 1.0}, {FIRST: 1.0}, {FIRST: 1.0}, {SECOND: 1.0}]
+    assert routed(method, learner, stream, asked) == expected
+    again = TaskAdapters(router="generative", reject=None, shrinkage=1e-3)
+    again.load_state_dict(method.state_dict())
+    assert routed(again, learner, stream, asked) == expected
+    nearest = TaskAdapters(reject=None)
+    nearest.load_state_dict(method.state_dict())
+    assert routed(nearest, learner, stream, asked) != expected
+    far = TaskAdapters(router="generative", reject=3.0, shrinkage=1e-3)
+    far.load_state_dict(method.state_dict())
+    assert routed(far, learner, stream, [[-5.0, 0.3]]) == [{}]
+
+
+def test_letters_are_read_strictly():
+    assert [letter_number(text, 3) for text in ("A", " b.", "C) yes", "D", "", "?", "3")] == [
+        0,
+        1,
+        2,
+        None,
+        None,
+        None,
+        None,
+    ]
+
+
+def test_the_model_is_taught_to_say_which_task_a_question_is(begin, small_stream):
+    stream = small_stream(2, rows=6)
+    method, learner = MRLoRA(shots=4, epochs=8, learning_rate=0.02, batch=4), None
+    for _ in stream:
+        learner, ctx = begin(stream, method, learner=learner)
+        learner.end_task(ctx)
+        if learner.stage == 1:
+            assert method.route(ctx, RouteBatch([{}, {}], [None] * 2)) == [{FIRST: 1.0}] * 2  # nothing to choose
+    assert [task for task, _ in method.memory] == ["colours"] * 4 + ["yes.no"] * 4
+    assert ctx.cost["router_rows"] == 8 * 8
+    questions = [routing_question(row, method.options) for row in (stream[0].train[1], stream[1].train[0])]
+    assert questions[1]["images"] == stream[1].train[0]["images"]
+    asked = questions[1]["messages"][0]["content"][-1]["text"]
+    assert asked.startswith("Is this red?")
+    assert "A. colours\nB. yes.no\n" in asked
+    lesson = ctx.collate([answered(row, letter) for row, letter in zip(questions, "AB")])
+    losses = []
+    for names in ((), (ROUTER,)):
+        with torch.no_grad(), active(learner.model.eval(), names):
+            losses.append(float(learner.model(**lesson).loss))
+    assert losses[1] < 0.85 * losses[0]
+    ctx = learner.context(stream[1], stream, None)
+    state, expected = method.state_dict(), adapter_state(learner.model, ROUTER)
+    remove_adapter(learner.model, ROUTER)
+    again = MRLoRA()
+    again.load_state_dict(state)
+    seen = []
+
+    def generate(rows, longest):
+        assert next(lora_layers(learner.model))[1].active_adapters == [ROUTER]
+        seen.extend(rows)
+        return ["B", "a)", "Z"][: len(rows)]
+
+    ctx = dataclasses.replace(ctx, generate=generate)
+    rows = [stream[0].test[0], stream[1].test[0], stream[1].test[1]]
+    assert again.route(ctx, RouteBatch(rows, [None] * 3)) == [{SECOND: 1.0}, {FIRST: 1.0}, {}]
+    assert [question_of(row).split("\n")[0] for row in seen] == [question_of(row) for row in rows]
+    found = adapter_state(learner.model, ROUTER)  # the router adapter comes from the state
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def test_disco_mixes_by_the_softmax_of_the_cosines(two_tasks):

@@ -61,6 +61,7 @@ def write_fake_run(
         if stage:
             event = {"event": "stage_trained", "stage": stage, "task": tasks[stage - 1], "seconds": 61.5 + stage}
             event |= {"train_rows": 500, "steps": 32, "tokens": 40_000 + stage, "trainable_parameters": 118_784}
+            event |= {"flops": 3.0e12 + stage, "extra_forward_passes": 0}
             event |= {"stored_bytes": 480_000 * stage, "peak_memory_mib": 812.5, "train_loss": 0.4 / stage}
             ledger.append({key: value for key, value in event.items() if key not in drop_fields})
         for position, task in enumerate(tasks):

@@ -9,6 +9,7 @@ import pytest
 from mllm_cl.errors import RunError
 from mllm_cl.evaluation.statistics import mean_and_std
 from mllm_cl.reporting import compare, comparison_table, read_run, write_comparison
+from mllm_cl.reporting.compare import COSTS_SHOWN
 
 
 def final(folder):
@@ -110,3 +111,39 @@ def test_nothing_to_compare(tmp_path):
         compare([])
     with pytest.raises(RunError):
         compare([tmp_path])
+
+
+def test_what_a_method_cost(fake_run):
+    """Ratios are those of the sums; computing that is not equal is said in a sentence."""
+    plain, other = fake_run("plain"), fake_run("inquiries", methods=["inquiry_regularization"])
+    lines = (other / "ledger.jsonl").read_text()
+    lines = lines.replace('"flops": 3', '"inquiry_rows": 250, "flops": 6').replace('passes": 0', 'passes": 32')
+    (other / "ledger.jsonl").write_text(lines)
+    found = compare([plain, other])
+    shown = dict(zip(*comparison_table(found, COSTS_SHOWN)[::2]))
+    assert shown["inquiries per row"] == "0.50"
+    assert shown["training FLOPs"] == "24 TFLOP"
+    assert shown["extra forward passes"] == "128"
+    assert shown["stored per task"] == "468.8 KiB"
+    assert shown["trainable parameters"] == "118.8 k"
+    assert "inquiry_regularization: 2.00 × the training FLOPs of finetune." in found.notes
+    budget = {d.name: d.values for d in found.differences if d.kind == "budget"}
+    assert budget["training FLOPs"] == ("12 TFLOP", "24 TFLOP")
+    assert budget["inquiry rows"] == ("not measured", "1000")
+    assert "stored bytes" not in budget
+
+
+def test_a_method_that_measures_less_is_not_unfinished(fake_run):
+    """`joint` fills the last row alone; its ledger says that the run is complete."""
+    folder = fake_run("joint", methods=["joint"])
+    payload = json.loads((folder / "matrix.json").read_text())
+    for row in payload["values"][1:-1]:
+        row[:] = [None] * len(row)
+    (folder / "matrix.json").write_text(json.dumps(payload))
+    run = read_run(folder)
+    assert run.complete
+    assert run.missing == ()
+    found = compare([folder, fake_run("plain")])
+    assert found.notes == ()
+    assert found.rows[0].values["mean_final_accuracy"] is not None
+    assert found.rows[0].values["forgetting"] is None

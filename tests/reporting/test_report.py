@@ -14,7 +14,8 @@ from mllm_cl.errors import RunError
 from mllm_cl.reporting import read_run, write_report
 from mllm_cl.reporting.charts import task_panels
 from mllm_cl.reporting.formatting import NOT_MEASURED, markdown_cell
-from mllm_cl.reporting.report import drift_table, metric_rows
+from mllm_cl.reporting.report import drift_table, general_table, instruction_table, metric_rows
+from mllm_cl.reporting.run import predictions_path
 
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
@@ -119,6 +120,29 @@ def test_drift_is_shown_for_the_stages_that_have_it(fake_run):
     assert "Drift of the language side" in text
     assert all(cell in text for row in rows for cell in row)
     assert "Drift" not in write_report(fake_run("no-drift")).read_text(encoding="utf-8")
+
+
+def test_general_scores_are_related_to_the_untouched_model(fake_run):
+    header, base, first, *_ = general_table(read_run(fake_run("general")))
+    assert header == ["stage", "pope", "science", "mean change", "kept, percent"]
+    assert base[3:] == ["", ""]
+    assert first[3:] == ["−1.5", f"{100 * (68.5 / 70 + 60.5 / 62) / 2:.1f}"]  # the fixture loses 1.5 per stage
+    assert general_table(read_run(fake_run("no-base", base=False)))[1][4] == ""
+
+
+def test_answers_in_the_form_asked_for(fake_run):
+    folder = fake_run("forms")
+    assert instruction_table(read_run(folder)) == []
+    assert "Instruction following" not in write_report(folder).read_text(encoding="utf-8")
+    run = read_run(folder)
+    task, stage = run.matrix.tasks[0], run.matrix.stages[1]
+    asked = "Which? Answer in one word."
+    lines = [{"id": text, "question": asked, "prediction": text} for text in ("dog", "cat.", "a dog")]
+    path = predictions_path(run, stage, task)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert instruction_table(read_run(folder)) == [["stage", task], [stage, "66.7"]]
+    assert "66.7" in write_report(folder).read_text(encoding="utf-8")
+    assert "## Instruction following" in (folder / "report.md").read_text(encoding="utf-8")
 
 
 def test_baseline_is_compared(page):

@@ -18,8 +18,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 import yaml
+from method_options import SMALL
 from PIL import Image
 
+from mllm_cl.methods import METHODS as CATALOGUE
 from mllm_cl.models.load import load_model
 from mllm_cl.models.tiny import build_fixture
 from mllm_cl.recipe import Recipe, load_recipe
@@ -45,11 +47,13 @@ METHODS: dict[str, list[Any]] = {
     ],
     "derpp": [{"derpp": {"size": 8, "ratio": 0.4}}],
     "agem": [{"agem": {"size": 8, "batch": 4}}],
+    "gem": [{"gem": {"size": 8, "batch": 4}}],
     "si": [{"si": {"strength": 5.0, "damping": 0.1}}],
     "inflora": [{"inflora": {"samples": 6, "energy": 0.5}}],
     "oracle": [{"task_adapters": {"router": "oracle"}}],
     "prototype": [{"task_adapters": {"router": "prototype", "samples": 6}}],
 }
+METHODS |= {name: [{name: SMALL.get(name, {})}] for name in CATALOGUE if name not in METHODS | {"task_adapters": 0}}
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,6 +1,7 @@
 """What torchrun starts in `test_ddp.py`: runs the recipes of a JSON list one after another, in the same processes.
 
-`kill_at` in a request kills the whole process group from outside in the middle, as a scheduler would.
+`environment` in a request is what the launcher sets beside the ranks; `kill_at` kills the whole process group from outside
+in the middle, as a scheduler would.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import torch
 
 torch.set_num_threads(1)
 
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mllm_cl.errors import MllmClError
+from mllm_cl.models.sharding import Shards
 from mllm_cl.recipe import load_recipe
 from mllm_cl.training.loop import run_stream
 from mllm_cl.training.trainer import ContinualTrainer
@@ -35,9 +38,26 @@ def watch(event: str, arguments: tuple) -> None:
         written.append(arguments[0])
 
 
+pieces: list[float] = []
+
+
+def watch_shards() -> None:
+    """Notes what share of the layers' frozen weights this process holds whenever they go to pieces."""
+    original = Shards._go_to_pieces
+
+    def go_to_pieces(self: Shards) -> None:
+        original(self)
+        own = [p for layer in self._modules for name, p in layer.named_parameters() if ".lora_" not in name]
+        held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in own)
+        pieces.append(held / sum(p.numel() for p in own))
+
+    Shards._go_to_pieces = go_to_pieces  # type: ignore[method-assign]
+
+
 def main() -> None:
     rank = int(os.environ["RANK"])
     sys.addaudithook(watch)
+    watch_shards()
     requests = json.loads(Path(sys.argv[1]).read_text())
     outcome = {}
     for request in requests:
@@ -51,6 +71,8 @@ def main() -> None:
                 return _step(self, *args, **kwargs)
 
             ContinualTrainer.training_step = training_step
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
+        os.environ.update(request.get("environment", {}))
         try:
             run_stream(load_recipe(request["recipe"]))
             outcome[request["name"]] = "done"
@@ -61,7 +83,7 @@ def main() -> None:
             break  # the other process waits for this one
     gc.collect()
     wrappers = sum(isinstance(thing, DistributedDataParallel) for thing in gc.get_objects())
-    result = {"outcome": outcome, "written": sorted(set(written)), "wrappers": wrappers}
+    result = {"outcome": outcome, "written": sorted(set(written)), "wrappers": wrappers, "pieces": pieces}
     Path(f"{sys.argv[1]}.{rank}").write_text(json.dumps(result))
 
 

@@ -13,6 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mllm_cl.methods import METHODS as CATALOGUE
+from mllm_cl.methods import method_class
+
 pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 
 # 11 rows divide neither 4 x 2 nor 2 x 2 x 2; every fifth row has no image
@@ -44,6 +47,7 @@ VARIANTS: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
     "llava_c": ("llava_c", ONE, ACCUMULATED),
     "derpp": ("derpp", ONE, ACCUMULATED),
     "agem": ("agem", ONE, ACCUMULATED),
+    "gem": ("gem", ONE, ACCUMULATED),
     "si": ("si", ONE, TWO),
     "inflora": ("inflora", ONE, TWO),
     "oracle": ("oracle", ONE, TWO),
@@ -52,6 +56,19 @@ VARIANTS: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
     "few inquiries": (SINGLE_INQUIRY, ("model.train_vision=true", *ONE), ("model.train_vision=true", *TWO)),
     "one image": ("lwf", ("model.train_vision=true", *ONE, "TEXT"), ("model.train_vision=true", *ACCUMULATED, "TEXT")),
 }
+PER_COMMIT = tuple(VARIANTS)
+COVERED = {options for options, _, _ in VARIANTS.values() if isinstance(options, str)} | {"task_adapters"}
+VARIANTS |= {
+    name: (name, ONE, TWO) for name in CATALOGUE if name not in COVERED and "ddp" in method_class(name).supports
+}
+LOOKED_AT = ("inquiry_regularization", "ewc", "replay")  # by the tests that are not about every variant
+EVERY_VARIANT = [
+    *PER_COMMIT,
+    *(pytest.param(name, marks=pytest.mark.weekly) for name in VARIANTS if name not in PER_COMMIT),
+]
+FSDP = {"ACCELERATE_USE_FSDP": "true"}  # what `accelerate launch` sets for recipes/accelerate/fsdp2.yaml
+SHARDED_TEST = "test_weights_in_shards_learn_what_whole_weights_learn"
+SHARDED = ("finetune", "replay", "spectral_consolidation")
 
 
 def torchrun(requests: list[dict[str, Any]], folder: Path, timeout: int = 900) -> tuple[int, list[dict[str, Any]], str]:
@@ -83,9 +100,14 @@ def mostly_text(tmp_path_factory: pytest.TempPathFactory, helpers) -> Path:
 
 
 @pytest.fixture(scope="module")
-def both(fork_server, model_folder, stream_file, mostly_text, tmp_path_factory, helpers) -> dict[str, Any]:
-    """Folders of all variants, trained by one and by two processes."""
+def both(request, fork_server, model_folder, stream_file, mostly_text, tmp_path_factory, helpers) -> dict[str, Any]:
+    """Folders of the variants that are tested this time, trained by one and by two processes."""
     root = tmp_path_factory.mktemp("ddp")
+    own = [item for item in request.session.items if item.path == request.path]
+    named = [item for item in own if "name" in getattr(getattr(item, "callspec", None), "params", {})]
+    asked = [(item.callspec.params["name"], item.originalname) for item in named]
+    variants = list(dict.fromkeys([*(name for name, _ in asked), *(LOOKED_AT if len(named) < len(own) else ())]))
+    in_shards = [name for name, test in asked if test == SHARDED_TEST]
 
     def recipe(name: str, overrides: tuple[str, ...], run: str) -> Any:
         make = helpers.recipes(model_folder, stream_file, root / run)
@@ -93,16 +115,22 @@ def both(fork_server, model_folder, stream_file, mostly_text, tmp_path_factory, 
         chosen = [override for override in overrides if override != "TEXT"]
         return make(VARIANTS[name][0], *SMALL, *chosen, run=name.replace(" ", "-"), stream=stream)
 
-    twos = {name: recipe(name, variant[2], "two") for name, variant in VARIANTS.items()}
+    twos = {name: recipe(name, VARIANTS[name][2], "two") for name in variants}
     requests = [{"name": name, "recipe": two.model_dump(mode="json")} for name, two in twos.items()]
+    shards = {name: recipe(name, VARIANTS[name][2], "shards") for name in dict.fromkeys(in_shards)}
+    requests += [
+        {"name": f"{name} in shards", "recipe": own.model_dump(mode="json"), "environment": FSDP}
+        for name, own in shards.items()
+    ]
     code, reports, log = torchrun(requests, root)
     folders = {}
-    for name, variant in VARIANTS.items():
-        one = recipe(name, variant[1], "one")
+    for name in variants:
+        one = recipe(name, VARIANTS[name][1], "one")
         status, text = fork_server.run(one)
         assert status == 0, text
         folders[name] = (Path(one.output_dir), Path(twos[name].output_dir))
-    return {"code": code, "reports": reports, "log": log, "folders": folders, "root": root}
+    sharded = {name: Path(own.output_dir) for name, own in shards.items()}
+    return {"code": code, "reports": reports, "log": log, "folders": folders, "root": root, "shards": sharded}
 
 
 def test_all_variants_complete(both):
@@ -112,7 +140,7 @@ def test_all_variants_complete(both):
         assert report["wrappers"] == 0  # one that stays would go on averaging the gradients of the next task
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", EVERY_VARIANT)
 def test_two_processes_learn_what_one_learns(name, both):
     one, two = both["folders"][name]
     files = sorted(path.relative_to(one) for path in one.glob("stages/*/*/**/*.safetensors"))
@@ -123,7 +151,7 @@ def test_two_processes_learn_what_one_learns(name, both):
         expected, found = load_file(one / file), load_file(two / file)
         assert expected.keys() == found.keys()
         for key, tensor in expected.items():
-            if "lora_" in key and len(file.parts) == 4 and name in ("stacked", "spectral_consolidation", "llava_c"):
+            if "lora_" in key and len(file.parts) == 4:
                 continue  # factors of an SVD are unique only together; their product is compared below
             # logits in half precision; eigenvectors of a near-degenerate spectrum, which magnify what two sums differ by
             rounding = {"derpp": 1e-3, "inflora": 1e-2}.get(name, 1e-5) if "method" in file.parts else 1e-5
@@ -140,10 +168,38 @@ def test_two_processes_learn_what_one_learns(name, both):
                 update = expected[other] @ expected[key]  # (out, rank) @ (rank, in)
                 torch.testing.assert_close(found[other] @ found[key], update, atol=1e-5, rtol=1e-4)
                 largest = max(largest, update.abs().max().item())
-    assert largest > 1e-3  # something was learnt
+    prompts = any(key.startswith("vectors/") for file in files for key in load_file(one / file))
+    assert largest > 1e-3 or prompts  # something was learnt; methods of prompts leave the adapter alone
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", SHARDED)
+def test_weights_in_shards_learn_what_whole_weights_learn(name, both):
+    """FSDP2 against DDP, both on two processes: the same adapters, the same states of the methods, the same matrix."""
+    two, shards = both["folders"][name][1], both["shards"][name]
+    files = sorted(path.relative_to(two) for path in two.glob("stages/*/*/**/*.safetensors"))
+    assert files
+    for file in files:
+        expected, found = load_file(two / file), load_file(shards / file)
+        assert expected.keys() == found.keys()
+        for key, tensor in expected.items():
+            torch.testing.assert_close(
+                found[key], tensor, atol=1e-5, rtol=1e-4, msg=lambda m, f=file, k=key: f"{f} {k}: {m}"
+            )
+    matrices = [json.loads((run / "matrix.json").read_text()) for run in (two, shards)]
+    assert matrices[0]["values"] == matrices[1]["values"]
+
+
+def test_every_method_that_supports_shards_is_compared():
+    assert {name for name in CATALOGUE if "fsdp2" in method_class(name).supports} == set(SHARDED)
+
+
+def test_weights_were_in_shards_while_training(both):
+    for report in both["reports"]:
+        assert report["pieces"]
+        assert all(share == 0.5 for share in report["pieces"])
+
+
+@pytest.mark.parametrize("name", EVERY_VARIANT)
 def test_two_processes_answer_what_one_answers(name, both):
     one, two = both["folders"][name]
     assert json.loads((two / "matrix.json").read_text())["n"] == json.loads((one / "matrix.json").read_text())["n"]
@@ -185,21 +241,30 @@ def test_another_number_of_processes_is_refused(both, model_folder, stream_file,
     assert "was started with 2 process(es), now there are 1" in log
 
 
-def test_two_processes_killed_and_started_again(both, model_folder, stream_file, tmp_path, helpers):
+@pytest.mark.parametrize(
+    ("method", "environment"),
+    [
+        pytest.param("llava_c", {}, id="ddp"),
+        pytest.param("spectral_consolidation", FSDP, id="fsdp2", marks=pytest.mark.weekly),
+    ],
+)
+def test_two_processes_killed_and_started_again(method, environment, model_folder, stream_file, tmp_path, helpers):
     saving = ("training.save_strategy=steps", "training.save_steps=1", "model.lora.lora_dropout=0.1")
     make = helpers.recipes(model_folder, stream_file, tmp_path)
-    straight, killed = (make("llava_c", *SMALL, *ACCUMULATED, *saving, run=run) for run in ("straight", "killed"))
+    straight, killed = (make(method, *SMALL, *ACCUMULATED, *saving, run=run) for run in ("straight", "killed"))
     requests = [
-        {"name": name, "recipe": recipe.model_dump(mode="json")} for name, recipe in (("s", straight), ("k", killed))
+        {"name": name, "recipe": recipe.model_dump(mode="json"), "environment": environment}
+        for name, recipe in (("s", straight), ("k", killed))
     ]
     requests[1]["kill_at"] = 7  # step 2 of the second task
     code, _, log = torchrun(requests, tmp_path)
     assert code != 0
     assert "Signal 9" in log or "SIGKILL" in log
     checkpoints = Path(killed.output_dir) / "stages/02-task-2/checkpoints"
-    assert {path.name for path in checkpoints.iterdir()} == {"cache", "checkpoint-1"}
+    kept = {"checkpoint-1"} | ({"cache"} if method == "llava_c" else set())
+    assert {path.name for path in checkpoints.iterdir()} == kept
     assert (checkpoints / "checkpoint-1/random-1.json").exists()
-    code, _, log = torchrun([{"name": "k", "recipe": killed.model_dump(mode="json")}], tmp_path)
+    code, _, log = torchrun([{key: requests[1][key] for key in ("name", "recipe", "environment")}], tmp_path)
     assert code == 0, log
     found, expected = helpers.contents(Path(killed.output_dir)), helpers.contents(Path(straight.output_dir))
     assert [name for name in expected if found[name] != expected[name]] == []

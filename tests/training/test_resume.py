@@ -180,7 +180,7 @@ def test_no_pickle_and_no_heap_of_checkpoints(trainer_for, tmp_path):
     names = {path.name for path in (tmp_path / "checkpoint-6").iterdir()}
     parts = {
         f"{part}.{kind}"
-        for part in ("optimizer", "scheduler", "context", "random-0")
+        for part in ("optimizer", "scheduler", "context", "parameters", "random-0")
         for kind in ("json", "safetensors")
     }
     assert names == parts | {"adapter", "trainer_state.json"}

@@ -1,0 +1,230 @@
+"""Runs every method of the catalogue on three streams and writes docs/methods_table.md, which docs/methods.md shows.
+
+    python benchmarks/methods_table.py --output runs/methods                          # everything; interrupted, it continues
+    python benchmarks/methods_table.py --output runs/methods --epochs 1 --rows 160    # another budget, another table
+    python benchmarks/methods_table.py --output runs/methods --streams quickstart --seeds 0 --orders given
+    python benchmarks/methods_table.py --output runs/methods --report-only            # only the page, from the runs that exist
+    python benchmarks/methods_table.py --output runs/methods --reduced                # one short run each, in minutes, no page
+
+Streams in two orders, over seeds, every method with its defaults. The budget (epochs, train rows of a task) is the same
+for all runs of a table and part of a run's folder; a run whose recipe is not the one asked for is not read.
+Each run is one process with one thread. A run that fails is named at the end; the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from methods_plot import Point, write_pareto
+from run_grid import ROOT, TRAINING, Job, general_at, read, run_all, spread, table
+from study import SAC, UIR
+from study import TASKS as STREAMS
+
+from mllm_cl.methods import METHODS as CATALOGUE
+
+PAGE = ROOT / "docs" / "methods_table.md"
+FIGURE = ROOT / "docs" / "figures" / "methods_pareto.png"
+READING = ("<!-- reading -->", "<!-- /reading -->")
+METHODS: dict[str, list[Any]] = {
+    "LLaVA-c (SAC + UIR)": [SAC, UIR],
+    **{name: [name] for name in CATALOGUE},
+}
+ORDERS = ("given", "reversed")
+COLUMNS = {
+    "final average": "mean_final_accuracy",
+    "learning accuracy": "mean_finetune_accuracy",
+    "backward transfer": "backward_transfer",
+    "forgetting": "forgetting",
+}
+COSTS = ("change of general ability", "training TFLOP", "seconds of training", "stored, last stage (kB)", "runs")
+TEST_ROWS = 160
+
+Run = dict[str, Any]
+
+
+def jobs_of(
+    methods: Sequence[str],
+    streams: Sequence[str],
+    orders: Sequence[str],
+    seeds: Sequence[int],
+    epochs: float = TRAINING["num_train_epochs"],
+    rows: int | None = None,
+    test_rows: int = TEST_ROWS,
+) -> list[Job]:
+    """The runs of a table, all methods of one setting together, so that what exists can be compared early."""
+    limit = {"test": test_rows, "validation": 80} | ({"train": rows} if rows else {})
+    changes = {"training": {"num_train_epochs": epochs}, "stream": {"limit": limit}}
+    usual = (epochs, rows, test_rows) == (TRAINING["num_train_epochs"], None, TEST_ROWS)
+    budget = "" if usual else f", {epochs:g} epochs, {rows or 'all'} rows, {test_rows} test rows"
+    return [
+        Job(
+            name + budget,
+            METHODS[name],
+            stream,
+            STREAMS[stream][::-1] if order == "reversed" else None,
+            order,
+            seed,
+            changes={} if usual else changes,
+        )
+        for seed in seeds
+        for order in orders
+        for stream in streams
+        for name in methods
+    ]
+
+
+def finished(job: Job, output: Path) -> Run | None:
+    """Returns a finished run, if its recipe is that of the job: options, rows and epochs may have changed since."""
+    written = output / f"{job.folder}.yaml"
+    if not written.exists():
+        return None
+    recipes = [json.loads(written.read_text(encoding="utf-8")), job.recipe(output)]
+    for recipe in recipes:
+        del recipe["output_dir"], recipe["name"]
+    return read(job, output) if recipes[0] == json.loads(json.dumps(recipes[1])) else None
+
+
+def of_stream(jobs: Iterable[Job], stream: str, output: Path) -> dict[str, tuple[int, list[Run]]]:
+    """Returns method -> number of runs asked for, and those that are finished."""
+    found: dict[str, tuple[int, list[Run]]] = {}
+    for job in jobs:
+        if job.stream == stream:
+            wanted, runs = found.get(job.label.split(",")[0], (0, []))
+            run = finished(job, output)
+            found[job.label.split(",")[0]] = (wanted + 1, [*runs, run] if run else runs)
+    return found
+
+
+def general_change(run: Run) -> float | None:
+    """Points on the general benchmark that the last stage has more than the untouched model."""
+    before, after = general_at(run, 0), general_at(run, -1)
+    return None if before is None or after is None else after - before
+
+
+def table_of(found: dict[str, tuple[int, list[Run]]]) -> list[str]:
+    """Lines of one stream's table: mean ± standard deviation over the runs that exist, best final average first."""
+    rows: list[tuple[float, list[str]]] = []
+    for name, (wanted, runs) in found.items():
+        if not runs:
+            continue
+        finals = [run["derived"]["mean_final_accuracy"] for run in runs]
+        work = [[stage.get("flops") for stage in run["trained"]] for run in runs]
+        cells = [spread([run["derived"][key] for run in runs]) for key in COLUMNS.values()]
+        cells.append(spread([general_change(run) for run in runs]))
+        cells.append(spread([None if None in own else sum(own) / 1e12 for own in work], 2))
+        cells.append(spread([sum(stage["seconds"] for stage in run["trained"]) for run in runs], 0))
+        cells.append(spread([run["trained"][-1]["stored_bytes"] / 1000 for run in runs], 0))
+        known = [value for value in finals if value is not None]
+        place = sum(known) / len(known) if known else -1.0
+        rows.append((-place, [name, *cells, f"{len(runs)} of {wanted}"]))
+    missing = [name for name, (_, runs) in found.items() if not runs]
+    lines = table(["method", *COLUMNS, *COSTS], [cells for _, cells in sorted(rows, key=lambda row: row[0])])
+    if not rows:
+        return ["*Not run yet.*"]
+    return [*lines, "", f"Not run yet: {', '.join(missing)}."] if missing else lines
+
+
+def points_of(found: dict[str, tuple[int, list[Run]]]) -> list[Point]:
+    """Returns what the plot shows: means over runs of the methods that have all three numbers."""
+    points = []
+    for name, (_, runs) in found.items():
+        numbers = [
+            (run["derived"]["mean_final_accuracy"], general_change(run), run["trained"][-1]["stored_bytes"])
+            for run in runs
+        ]
+        if numbers and all(None not in own for own in numbers):
+            final, general, stored = (sum(values) / len(numbers) for values in zip(*numbers))
+            points.append(Point(name, final, general, stored))
+    return points
+
+
+def page(jobs: Sequence[Job], output: Path, reading: str = "") -> str:
+    """The fragment that docs/methods.md shows.
+
+    Args:
+        reading: the paragraph that a person has written about the numbers, kept when the page is written again.
+    """
+    lines = [
+        "<!-- Written by benchmarks/methods_table.py; only what stands between the marks of the reading is kept. -->"
+    ]
+    if jobs:
+        section = jobs[0].recipe(output)
+        limit, training = section["stream"]["limit"], section["training"]
+        settings = ", ".join(f"`{key}: {value:g}`" for key, value in training.items())
+        lines += [
+            f"tiny-llava, LoRA r 8 on the language part, {settings}, {limit.get('train', 'all')} train rows per task, "
+            f"at most {limit['test']} test rows per task; every method with its defaults and as many epochs. Exact match in "
+            "percent, mean ± standard deviation over orders and seeds; a line with fewer runs than others covers fewer of "
+            "them. Epochs are equal, computing is not: teachers, inquiries and replayed rows come on top (see training "
+            "TFLOP; `budget: {kind: flops}` makes it equal). Nothing was chosen on these test rows for this table.",
+        ]
+    lines += ["", READING[0], *([reading] if reading else []), READING[1]]
+    for stream in dict.fromkeys(job.stream for job in jobs):
+        lines += ["", f"### {stream}", "", *table_of(of_stream(jobs, stream, output))]
+    return "\n".join(lines) + "\n"
+
+
+def reading_of(text: str) -> str:
+    """Returns the paragraph between the marks."""
+    start, _, rest = text.partition(READING[0])
+    return rest.partition(READING[1])[0].strip() if start or rest else ""
+
+
+def attempt(job: Job, output: Path) -> str | None:
+    """Runs a job; returns what went wrong."""
+    if finished(job, output) is not None:
+        return None
+    try:
+        run_all([job], output)
+    except SystemExit as failure:
+        return str(failure)
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--streams", nargs="+", choices=list(STREAMS), default=list(STREAMS))
+    parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=float, default=TRAINING["num_train_epochs"])
+    parser.add_argument("--rows", type=int, help="train rows per task; all when not given")
+    parser.add_argument("--test-rows", type=int, default=TEST_ROWS, help="most test rows per task")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
+    parser.add_argument(
+        "--reduced", action="store_true", help="quickstart, one seed, few rows; nothing written to docs/"
+    )
+    parser.add_argument("--report-only", action="store_true")
+    given = parser.parse_args()
+    if given.reduced:
+        jobs = jobs_of(given.methods, ["quickstart"], ["given"], [0], epochs=1, rows=48, test_rows=24)
+    else:
+        settings = (given.epochs, given.rows, given.test_rows)
+        jobs = jobs_of(given.methods, given.streams, given.orders, given.seeds, *settings)
+    failures: list[str] = []
+    if not given.report_only:
+        given.output.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(given.jobs) as pool:
+            failures = [text for text in pool.map(lambda job: attempt(job, given.output), jobs) if text]
+    text = page(jobs, given.output, reading_of(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else "")
+    panels = {
+        stream: points_of(of_stream(jobs, stream, given.output)) for stream in dict.fromkeys(j.stream for j in jobs)
+    }
+    print(text)
+    if not given.reduced:
+        if any(panels.values()):
+            write_pareto(panels, FIGURE)
+            text += f"\n![Final average, general ability and stored bytes](figures/{FIGURE.name})\n"
+        PAGE.write_text(text, encoding="utf-8")
+    if failures:
+        raise SystemExit("\n".join([f"{len(failures)} run(s) failed:", *failures]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""FSDP2: the frozen weights of the language part lie in shards on all processes while a task is trained.
+
+Only they are sharded: vision tower, bridge, embeddings and head stay whole, and so do the adapters, which are few. Hence
+everything that reads, writes or optimizes adapters is what it is without shards, and their gradients are averaged by DDP.
+
+Gathering is a collective operation: every process has to run the layers equally often. Where that is not so (evaluation,
+the methods between tasks) the weights are `whole`; then the layers run without communication.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch.distributed as dist
+from peft import PeftModel
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from mllm_cl.errors import ModelError
+
+
+class Shards:
+    """The shards of one model over all processes; the weights are whole until `sharded` is entered.
+
+    Args:
+        model: with its adapters, on its device; every process has the same weights.
+
+    Raises:
+        ModelError: its layers are not run equally often on all processes.
+    """
+
+    def __init__(self, model: PeftModel) -> None:
+        base: Any = model.get_base_model()
+        decoder = base.get_decoder()
+        if getattr(base.config.get_text_config(), "cross_attention_layers", None):
+            raise ModelError(
+                "fsdp2: this model skips its cross-attention layers for rows without images.",
+                expected="a model whose layers are all run for every batch: the processes gather them together",
+                fix="start with ddp.",
+            )
+        mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+        layers = [layer for stack in _stacks(decoder) for layer in stack]
+        trained = {parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, ignored_params=trained)
+        kind = type(decoder)
+        # the root holds no weights: it ties the layers together, so that each is gathered before it is reached
+        fully_shard(decoder, mesh=mesh, ignored_params=set(decoder.parameters()))
+        decoder.__class__ = kind  # by its class transformers knows which hidden states can be asked of it
+        self._modules: list[FSDPModule] = layers  # type: ignore[assignment]  # `fully_shard` made them so
+        names = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
+        model._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]  # DDP reads it
+        self._stay_whole()
+
+    @contextlib.contextmanager
+    def sharded(self) -> Iterator[None]:
+        """Within the context each layer is gathered for its own forward and backward pass only."""
+        self._go_to_pieces()
+        try:
+            yield
+        finally:
+            self._stay_whole()
+
+    @contextlib.contextmanager
+    def whole(self) -> Iterator[None]:
+        """Within the context, inside of `sharded`, the weights are whole on every process."""
+        self._stay_whole()
+        try:
+            yield
+        finally:
+            self._go_to_pieces()
+
+    def _stay_whole(self) -> None:
+        self._free_after_use(False)
+        for module in self._modules:
+            module.unshard()
+
+    def _go_to_pieces(self) -> None:
+        self._free_after_use(True)
+        for module in self._modules:
+            module.reshard()
+
+    def _free_after_use(self, free: bool) -> None:
+        for module in self._modules:
+            module.set_reshard_after_forward(free, recurse=False)
+            module.set_reshard_after_backward(free, recurse=False)
+
+
+def _stacks(decoder: nn.Module) -> Iterator[nn.ModuleList]:
+    """The outermost lists of layers."""
+    for child in decoder.children():
+        if isinstance(child, nn.ModuleList):
+            yield child
+        else:
+            yield from _stacks(child)

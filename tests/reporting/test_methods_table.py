@@ -1,0 +1,117 @@
+"""The table of methods and its plot, on runs that nobody trained."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import methods_table
+from methods_plot import Point, front, write_pareto
+from run_grid import general_at, read, spread
+
+
+@pytest.fixture
+def made(tmp_path, fake_run):
+    """Returns a function that fabricates a finished run of a job."""
+
+    def make(job, **options):
+        folder = fake_run(job.folder, seed=job.seed, methods=job.methods, **options)
+        (tmp_path / f"{job.folder}.yaml").write_text(json.dumps(job.recipe(tmp_path)))
+        return folder
+
+    return make
+
+
+def cells(lines, method):
+    return next([cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith(f"| {method} |"))
+
+
+def test_means_over_the_runs_that_exist(tmp_path, made):
+    jobs = methods_table.jobs_of(["finetune", "replay", "ewc"], ["quickstart"], ["given", "reversed"], [0, 1])
+    assert [(job.label, job.order_name, job.seed) for job in jobs[:4]] == [
+        ("finetune", "given", 0), ("replay", "given", 0), ("ewc", "given", 0), ("finetune", "reversed", 0),
+    ]  # fmt: skip
+    chosen = [job for job in jobs if job.label == "finetune" and job.seed == 0]
+    for job in chosen:
+        made(job, keep=0.3 if job.order_name == "given" else 0.6)
+    made(jobs[1], keep=0.95)
+    runs = [read(job, tmp_path) for job in chosen]
+    lines = methods_table.table_of(methods_table.of_stream(jobs, "quickstart", tmp_path))
+    own = dict(zip([cell.strip() for cell in lines[0].split("|")[1:-1]], cells(lines, "finetune")))
+    assert own["final average"] == spread([run["derived"]["mean_final_accuracy"] for run in runs])
+    assert own["change of general ability"] == "-6.0 ± 0.0"
+    assert own["training TFLOP"] == "12.00 ± 0.00"
+    assert own["runs"] == "2 of 4"
+    assert cells(lines, "replay")[-1] == "1 of 4"
+    assert lines[2].startswith("| replay |")  # the best first
+    assert lines[-1] == "Not run yet: ewc."
+    assert general_at(runs[0], 0) == 70.0
+
+
+def test_other_budgets_and_other_options_are_not_read(tmp_path, made):
+    settings = {"epochs": 1, "rows": 48, "test_rows": 24}
+    small = methods_table.jobs_of(["finetune"], ["quickstart"], ["given"], [0], **settings)
+    usual = methods_table.jobs_of(["finetune"], ["quickstart"], ["given"], [0])
+    made(small[0])
+    assert methods_table.finished(small[0], tmp_path) is not None
+    assert methods_table.finished(usual[0], tmp_path) is None
+    assert small[0].folder != usual[0].folder
+    assert small[0].recipe(tmp_path)["stream"]["limit"] == {"test": 24, "validation": 80, "train": 48}
+    changed = json.loads((tmp_path / f"{small[0].folder}.yaml").read_text())
+    changed["training"]["learning_rate"] = 1.0
+    (tmp_path / f"{small[0].folder}.yaml").write_text(json.dumps(changed))
+    assert methods_table.finished(small[0], tmp_path) is None
+
+
+def test_the_page_keeps_what_a_person_wrote(tmp_path, made):
+    jobs = methods_table.jobs_of(["finetune"], ["quickstart", "study-letters"], ["given"], [0], epochs=2)
+    made(jobs[0])
+    first = methods_table.page(jobs, tmp_path)
+    assert methods_table.reading_of(first) == ""
+    assert "`num_train_epochs: 2`" in first
+    assert "all train rows per task" in first
+    assert first.rstrip().endswith("*Not run yet.*")  # the second stream
+    second = methods_table.page(jobs, tmp_path, "Replay wins; EWC does not.")
+    assert methods_table.reading_of(second) == "Replay wins; EWC does not."
+    assert methods_table.page(jobs, tmp_path, methods_table.reading_of(second)) == second
+
+
+def test_a_method_that_measures_less_has_a_dash_and_no_place_in_the_plot(tmp_path, made):
+    jobs = methods_table.jobs_of(["single"], ["quickstart"], ["given"], [0])
+    folder = made(jobs[0])
+    payload = json.loads((folder / "matrix.json").read_text())
+    payload["derived"]["mean_final_accuracy"] = None
+    (folder / "matrix.json").write_text(json.dumps(payload))
+    found = methods_table.of_stream(jobs, "quickstart", tmp_path)
+    assert cells(methods_table.table_of(found), "single")[1] == "–"
+    assert methods_table.points_of(found) == []
+
+
+def test_the_front_holds_what_no_other_method_beats(tmp_path):
+    points = [
+        Point("best", 90.0, -1.0, 100.0),
+        Point("small", 60.0, -2.0, 10.0),
+        Point("worse", 80.0, -1.0, 100.0),
+        Point("twin", 90.0, -1.0, 100.0),
+        Point("kind", 10.0, 0.0, 500.0),
+    ]
+    assert front(points) == {"best", "small", "twin", "kind"}
+    figures = [tmp_path / "one.png", tmp_path / "two.png"]
+    for path in figures:
+        write_pareto({"quickstart": points, "nothing": []}, path)
+    assert figures[0].read_bytes() == figures[1].read_bytes()
+    assert figures[0].read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_every_method_of_the_catalogue_has_a_recipe_that_is_accepted(tmp_path):
+    from mllm_cl.recipe import load_recipe
+    from mllm_cl.training.capabilities import build_methods
+
+    jobs = methods_table.jobs_of(list(methods_table.METHODS), ["quickstart"], ["reversed"], [0], rows=8)
+    for job in jobs:
+        assert build_methods(load_recipe(job.recipe(tmp_path)))
+    assert len({job.folder for job in jobs}) == len(jobs)
