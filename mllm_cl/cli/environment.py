@@ -13,6 +13,8 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Literal
 
+from mllm_cl.errors import EvaluationError
+
 State = Literal["ok", "warning", "missing", "broken"]
 
 # Distribution -> lowest version that is supported; pyproject.toml says the same.
@@ -46,7 +48,6 @@ OPTIONAL: tuple[tuple[str, str, str], ...] = (
     ),
     ("bitsandbytes", "quantization", "4-bit and 8-bit base models"),
     ("pycocoevalcap", "caption", "the caption metrics of COCO"),
-    ("lmms_eval", "lmms-eval", "benchmarks of lmms-eval"),
     ("flwr", "flower", "federated runs on Flower"),
 )
 
@@ -67,6 +68,7 @@ def check_environment() -> list[Check]:
         *check_versions(),
         *check_devices(),
         *check_optional(),
+        check_lmms_eval(),
         *check_folders(),
         check_model(),
     ]
@@ -117,6 +119,19 @@ def check_optional() -> Iterator[Check]:
             yield Check(module, "ok", "installed", f"{what}: available")
         else:
             yield Check(module, "missing", "not installed", f"{what}: not available (`pip install 'mllm_cl[{extra}]'`)")
+
+
+def check_lmms_eval() -> Check:
+    """lmms-eval, which lives in an environment of its own."""
+    from mllm_cl.evaluation.bridges.lmms_environment import find_lmms_eval, find_python, how_to_make
+
+    if find_python() is None:
+        return Check("lmms-eval", "missing", "no environment", f"`--tasks lmms:...`: not available ({how_to_make()})")
+    try:
+        found = find_lmms_eval()
+    except EvaluationError as error:
+        return Check("lmms-eval", "warning", error.given, f"`--tasks lmms:...`: not available; {error.fix}")
+    return Check("lmms-eval", "ok", found.versions["lmms-eval"], f"`--tasks lmms:...`: available, with {found.python}")
 
 
 def check_folders() -> Iterator[Check]:

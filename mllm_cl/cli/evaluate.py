@@ -5,13 +5,24 @@ Flags are named as in lm-evaluation-harness. Without a verb of its own, `evaluat
 
 from __future__ import annotations
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from typer.core import TyperGroup
 
-from mllm_cl.cli.evaluate_arguments import batch_size_of, checkpoint_of_model_args, generation_options, limit_of
+from mllm_cl.cli.evaluate_arguments import (
+    VERBOSITY,
+    batch_size_of,
+    checkpoint_of_model_args,
+    generation_options,
+    limit_of,
+    refuse,
+    with_system_instruction,
+)
+from mllm_cl.cli.evaluate_lmms import measure_with_lmms_eval, refuse_flags, split_tasks
 
 MEASURE = "checkpoints"
 
@@ -21,6 +32,7 @@ class MeasuresByDefault(TyperGroup):
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
         if not args or args[0] not in self.commands:
+            refuse(args)
             args = [MEASURE, *(args or ["--help"])]
         return super().parse_args(ctx, args)  # type: ignore[arg-type]
 
@@ -37,7 +49,12 @@ app = typer.Typer(
 def evaluate(
     tasks: Annotated[
         str,
-        typer.Option("--tasks", "-t", help="Names of tasks and general benchmarks, with commas.", show_default=False),
+        typer.Option(
+            "--tasks",
+            "-t",
+            help="Names of tasks and general benchmarks, with commas; lmms:mme,pope: of lmms-eval.",
+            show_default=False,
+        ),
     ],
     output_path: Annotated[
         Path, typer.Option("--output_path", "-o", help="Folder for the results.", show_default=False)
@@ -91,6 +108,13 @@ def evaluate(
         str | None,
         typer.Option("--profile", help="Whose scorers: strict, llava, lmms_eval, coin, ... See `evaluate ls`."),
     ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            "--metric",
+            help="For all tasks instead of their own; `choice_likelihood` reads the likeliest choice, without generating.",
+        ),
+    ] = None,
     log_samples: Annotated[
         bool,
         typer.Option("--log_samples", "-s", help="Write samples.jsonl too, with the fields of lm-evaluation-harness."),
@@ -102,6 +126,16 @@ def evaluate(
         bool, typer.Option("--allow_failures", help="Score the other rows when some could not be answered.")
     ] = False,
     num_fewshot: Annotated[int, typer.Option("--num_fewshot", help="Only 0: tasks are asked without examples.")] = 0,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply_chat_template", help="Always so; for commands written for other harnesses.")
+    ] = True,
+    system_instruction: Annotated[
+        str | None, typer.Option("--system_instruction", help="System turn of every row.", show_default=False)
+    ] = None,
+    verbosity: Annotated[str, typer.Option("--verbosity", "-v", help=", ".join(VERBOSITY) + ".")] = "WARNING",
+    include_path: Annotated[
+        Path | None, typer.Option("--include_path", help="Folder with lmms-eval tasks of your own.", show_default=False)
+    ] = None,
 ) -> None:
     """Measure checkpoints on tasks and general benchmarks; writes predictions.jsonl and result.json for each cell.
 
@@ -116,33 +150,73 @@ def evaluate(
         raise typer.BadParameter("name a checkpoint, or give --model_args pretrained=MODEL", param_hint="CHECKPOINT")
     if num_fewshot:
         raise typer.BadParameter("only 0 is possible: tasks are asked without examples", param_hint="--num_fewshot")
+    if metric is not None and predict_only:
+        raise typer.BadParameter("cannot be given with --predict_only", param_hint="--metric")
+    if verbosity.upper() not in VERBOSITY:
+        raise typer.BadParameter(f"{verbosity!r} is none of {', '.join(VERBOSITY)}", param_hint="--verbosity")
+    logging.getLogger("mllm_cl").setLevel(verbosity.upper())
     wanted, rows_per_batch = limit_of(limit), batch_size_of(batch_size, max_batch_size)
     options = generation_options(gen_kwargs)
     max_new_tokens = max_new_tokens or options.pop("max_new_tokens", None)
+    ours, theirs = split_tasks(tasks)
+    if theirs:
+        refuse_flags(
+            {
+                "--max_new_tokens": max_new_tokens and "max_new_tokens" not in (gen_kwargs or ""),
+                "--split": split != "test",
+                "--profile": profile,
+                "--predict_only": predict_only,
+                "--allow_failures": allow_failures,
+            }
+        )
+    elif include_path is not None:
+        raise typer.BadParameter(
+            "only for `lmms:` tasks; name your own tasks with --stream STREAM.yaml", param_hint="--include_path"
+        )
     from mllm_cl.cli.display import make_progress, say, show_table
     from mllm_cl.cli.evaluate_arguments import use_device
     from mllm_cl.evaluation.engine import GenerationSettings
     from mllm_cl.evaluation.samples import write_samples
     from mllm_cl.reporting.formatting import duration, score
     from mllm_cl.training.checkpoint_loading import find_checkpoint
-    from mllm_cl.training.standalone import check_output, choose_rows, choose_stream, folder_names, measure
+    from mllm_cl.training.standalone import (
+        check_output,
+        choose_rows,
+        choose_stream,
+        folder_names,
+        measure,
+        with_profile,
+    )
 
     use_device(device)
     check_output(output_path)
     found = [find_checkpoint(name, base_model) for name in names]
+    if theirs:
+        from mllm_cl.evaluation.bridges.lmms_run import LmmsOptions
+
+        size = batch_size if rows_per_batch == "auto" else str(rows_per_batch)
+        handed = LmmsOptions(size, wanted, offset, seed, gen_kwargs, include_path, device)
+        labels = list(folder_names(names, found))
+        measure_with_lmms_eval(names, labels, theirs, output_path, handed, base_model)
+        if not ours:
+            return
     with make_progress() as progress:
         with progress.waiting("reading the rows"):
             chosen = choose_rows(
                 choose_stream(stream, found[0].recipe),
-                [name.strip() for name in tasks.split(",") if name.strip()],
+                ours,
                 split=split,
                 limit=wanted,
                 offset=offset,
                 max_new_tokens=max_new_tokens,
                 recipe=found[0].recipe,
                 profile=profile,
-                predict_only=predict_only,
+                predict_only=predict_only or metric is not None,
             )
+            if metric is not None:
+                chosen = [replace(item, metric=with_profile(metric, profile)) for item in chosen]
+            if system_instruction is not None:
+                chosen = [replace(item, rows=with_system_instruction(item.rows, system_instruction)) for item in chosen]
         named = folder_names(names, found)
         measured = measure(
             named,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import typer
@@ -23,7 +24,40 @@ OPTIONS = {
 }
 """What `--gen_kwargs` understands; `until` is a stop string, several with `|` between them."""
 
+REFUSED = {
+    "--use_cache": "answers are kept in --output_path and used again while nothing they depend on has changed",
+    "-c": "answers are kept in --output_path and used again while nothing they depend on has changed",
+    "--cache_requests": "rows are read once for all checkpoints, and not kept between commands",
+    "--fewshot_as_multiturn": "tasks are asked without examples",
+    "--baseline": "compare with `mllm-cl compare`, which tests the same rows in pairs",
+    "--wandb_args": "put `report_to` into the recipe's `training`; results of evaluations are files",
+    "--hf_hub_log_args": "publish a run with `mllm-cl push`",
+    "--trust_remote_code": "put `trust_remote_code: true` into a recipe's `model`, and evaluate its run",
+    "--check_integrity": "`mllm-cl data validate STREAM` checks the data",
+    "--write_out": "`mllm-cl data show` shows rows, and --log_samples writes all of them",
+}
+"""Flags of lm-evaluation-harness that are not here, and what to do instead."""
+
+VERBOSITY = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
 MODEL_ARGS = ("pretrained", "peft", "revision", "dtype", "trust_remote_code")
+
+
+def refuse(arguments: list[str]) -> None:
+    """Ends with what to do instead when a flag is given that other harnesses have and this one has not."""
+    for argument in arguments:
+        if argument.partition("=")[0] in REFUSED:
+            name = argument.partition("=")[0]
+            raise typer.BadParameter(f"is not here: {REFUSED[name]}", param_hint=name)
+
+
+def with_system_instruction(rows: Sequence[Any], text: str) -> list[Any]:
+    """Returns the rows with a system turn in front, instead of one of their own."""
+    turn = {"role": "system", "content": text}
+    return [
+        {**row, "messages": [turn, *(message for message in row["messages"] if message["role"] != "system")]}
+        for row in rows
+    ]
 
 
 def batch_size_of(text: str, largest: int | None = None) -> int | Literal["auto"]:

@@ -24,13 +24,14 @@ from transformers import ProcessorMixin
 from mllm_cl.data.images import describe_image
 from mllm_cl.data.rows import Row, message_text, reference_answers
 from mllm_cl.errors import EvaluationError
-from mllm_cl.evaluation.engine import Failed, GenerationSettings, Route, generate_batches, plan_batches, token_counts
-from mllm_cl.evaluation.scorers import scorer_identity
+from mllm_cl.evaluation.engine import Failed, GenerationSettings, Route, generate_batches, planned
+from mllm_cl.evaluation.likelihood import Ranker
+from mllm_cl.evaluation.scorers import CHOICE_LIKELIHOOD, scorer_identity
 from mllm_cl.evaluation.scoring import cluster_numbers, score_answers, scorer_fields
 from mllm_cl.files import explained, write_json, write_text
 from mllm_cl.model_section import InputSettings
 
-CELL_VERSION = 2
+CELL_VERSION = 3
 _NAMED = 5  # failed rows in a message
 
 
@@ -101,7 +102,8 @@ def evaluate_cell(
 
     Args:
         folder: where `predictions.jsonl` and `result.json` go.
-        metric: name of a scorer; `None` writes predictions without scores, for a judge or a later `evaluate score`.
+        metric: name of a scorer; under `choice_likelihood` nothing is generated; `None` writes predictions without scores,
+            for a judge or a later `evaluate score`.
         key: see `cell_key`.
         advance: called with the number of rows after each batch.
         allow_failures: score the rows that were answered, and say in the result how many were not.
@@ -135,13 +137,14 @@ def evaluate_cell(
     answers = _answered(folder)
     state.wait_for_everyone()  # nobody writes while another still reads
     advance(len(answers))
-    batches = plan_batches(token_counts(processor, rows), settings.rows_per_batch)
+    batches = planned(processor, rows, settings)
+    engine = Ranker.over(rows) if metric == CHOICE_LIKELIHOOD else None
     mine = batches[state.process_index :: state.num_processes]
     open_batches = [batch for batch in mine if any(ids[index] not in answers for index in batch)]
     part = folder / f"predictions.part{state.process_index}.jsonl"
     with explained(part), part.open("a", encoding="utf-8") as file:
         settings = replace(settings, keep_going=True)
-        for batch, texts in generate_batches(model, processor, rows, open_batches, settings, route):
+        for batch, texts in generate_batches(model, processor, rows, open_batches, settings, route, engine):
             for index, text in zip(batch, texts):
                 given = {"error": text.error} if isinstance(text, Failed) else {"prediction": text}
                 line = {"id": ids[index], **given}

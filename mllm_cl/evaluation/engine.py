@@ -1,19 +1,20 @@
 """Batched greedy generation: rows in, answers out.
 
-Rows are sorted by their total number of tokens (images count with what they expand to), padded on the left, and
-generated in batches; a batch that does not fit into memory is halved, and so are the later ones. The plan of batches
-depends on the rows and the batch size alone, so an interrupted evaluation continues with the same batches and the same
-answers, and several processes share the same plan.
+Rows are sorted by their total number of tokens (images count with what they expand to) with the questions on one image
+side by side, padded on the left, and generated in batches; a batch that does not fit into memory is halved, and so are the
+later ones. The plan of batches depends on the rows and the batch size alone, so an interrupted evaluation continues with
+the same batches and the same answers, and several processes share the same plan.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,13 +27,17 @@ from mllm_cl.data.collate import Collator, image_tokens, plain_text
 from mllm_cl.data.images import fitted_size, open_image
 from mllm_cl.data.rows import Row, inquiry_of, message_text
 from mllm_cl.errors import EvaluationError
+from mllm_cl.evaluation.resampling import cluster_of
+from mllm_cl.evaluation.vision_features import VisionFeatures
 from mllm_cl.model_section import InputSettings
 from mllm_cl.models.adapters import weighted
+from mllm_cl.models.soft_prompts import with_prompts
 
 logger = logging.getLogger(__name__)
 
 FIRST_BATCH_SIZE = 64
 _ROWS_WORTH_A_WORKER = 512
+_ALIKE = 1.06  # rows of one image stay together while their lengths differ by no more than that
 
 Route = Callable[[Sequence[Row]], list[dict[str, float]] | None]
 Option = bool | int | float | str | tuple[str, ...]
@@ -92,10 +97,37 @@ def token_counts(processor: ProcessorMixin, rows: Sequence[Row]) -> list[int]:
     return counts
 
 
-def plan_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Returns the batches as row indices, longest rows first (so memory runs out at once or never)."""
-    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+def image_groups(rows: Sequence[Row]) -> list[int]:
+    """Returns a number for each row; rows have the same number if they name the same images.
+
+    Images that are objects in memory have no name that holds for another process, so their rows stand alone.
+    """
+    groups: dict[str, int] = {}
+    numbers = []
+    for index, row in enumerate(rows):
+        named = row["images"] and all(isinstance(image, (str, os.PathLike, Mapping)) for image in row["images"])
+        numbers.append(groups.setdefault(cluster_of(row), index) if named else index)
+    return numbers
+
+
+def plan_batches(lengths: Sequence[int], batch_size: int, groups: Sequence[int] | None = None) -> list[list[int]]:
+    """Returns the batches as row indices, longest rows first (so memory runs out at once or never).
+
+    Args:
+        lengths: number of tokens of each row.
+        groups: see `image_groups`; among rows of about the same length, those of a group follow each other.
+    """
+    if groups is None:
+        order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    else:
+        steps = [int(math.log(max(1, length), _ALIKE)) for length in lengths]
+        order = sorted(range(len(lengths)), key=lambda index: (-steps[index], groups[index], -lengths[index], index))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def planned(processor: ProcessorMixin, rows: Sequence[Row], settings: GenerationSettings) -> list[list[int]]:
+    """Returns the batches of these rows; the same in every process and after every interruption."""
+    return plan_batches(token_counts(processor, rows), settings.rows_per_batch, image_groups(rows))
 
 
 def generate_batches(
@@ -105,13 +137,20 @@ def generate_batches(
     batches: Sequence[list[int]],
     settings: GenerationSettings,
     route: Route | None = None,
+    engine_type: type[Engine] | None = None,
 ) -> Iterator[tuple[list[int], Sequence[str | Failed]]]:
     """Yields `(row indices, answers)` batch by batch.
+
+    Args:
+        engine_type: what answers; the greedy engine by default.
 
     Raises:
         EvaluationError: a single row does not fit into memory.
     """
-    engine = _Engine(model, Collator(processor, for_generation=True), settings, route)
+    engine = (engine_type or Engine)(model, Collator(processor, for_generation=True), settings, route)
+    asked = image_groups([rows[index] for batch in batches for index in batch])
+    if len(set(asked)) < len(asked):  # else nothing would be used twice
+        engine.features = VisionFeatures(model)
     workers = settings.workers(sum(map(len, batches)))
     loader = DataLoader(
         [[rows[index] for index in batch] for batch in batches],  # type: ignore[arg-type]
@@ -148,7 +187,7 @@ def generate(
     answers = [""] * len(rows)
     if not len(rows):
         return answers
-    batches = plan_batches(token_counts(processor, rows), settings.rows_per_batch)
+    batches = planned(processor, rows, settings)
     for batch, texts in generate_batches(model, processor, rows, batches, replace(settings, keep_going=False), route):
         for index, text in zip(batch, texts):
             answers[index] = str(text)
@@ -166,8 +205,10 @@ def route_groups(rows: Sequence[Row], route: Route | None) -> list[tuple[list[in
     return [(members, dict(weights)) for weights, members in groups.items()]
 
 
-class _Engine:
+class Engine:
     """Answers batches; `limit` is the most rows that have not run out of memory so far."""
+
+    features: VisionFeatures | None = None
 
     def __init__(
         self,
@@ -235,11 +276,19 @@ class _Engine:
         answers = [""] * len(rows)
         for members, weights in route_groups(rows, self.route):
             own = inputs if len(members) == len(rows) else self.collator([rows[index] for index in members])
-            with contextlib.nullcontext() if weights is None else weighted(self.model, weights):
-                texts = self._greedy(own)
+            kept = contextlib.nullcontext() if self.features is None else self.features.used()
+            with contextlib.nullcontext() if weights is None else weighted(self.model, weights), kept:
+                texts = self.reply([rows[index] for index in members], own)
             for index, text in zip(members, texts):
                 answers[index] = text
         return answers
+
+    def reply(self, rows: Sequence[Row], inputs: dict[str, Any]) -> list[str]:
+        """Returns the answers to rows that share their adapters."""
+        return self._greedy(inputs)
+
+    def on_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {name: value.to(self.device) if torch.is_tensor(value) else value for name, value in inputs.items()}
 
     @torch.no_grad()
     def _greedy(self, inputs: dict[str, Any]) -> list[str]:
@@ -249,12 +298,13 @@ class _Engine:
                 expected="padding on the left",
                 fix="let the processor pad on the left for generation (`padding_side`).",
             )
-        inputs = {name: value.to(self.device) if torch.is_tensor(value) else value for name, value in inputs.items()}
+        inputs = self.on_device(inputs)
         if self.config.do_sample:  # the same batch draws the same, also when an evaluation was interrupted
             torch.manual_seed(self.seed + zlib.crc32(inputs["input_ids"].cpu().numpy().tobytes()))
         stopping = {"tokenizer": self.collator.processor.tokenizer} if self.stop_strings else {}
-        tokens = self.model.generate(**inputs, generation_config=self.config, **stopping)
-        new = tokens[:, inputs["input_ids"].shape[1] :]  # (batch, longest answer)
+        with with_prompts(self.model, inputs) as written:
+            tokens = self.model.generate(**written, generation_config=self.config, **stopping)
+        new = tokens[:, written["input_ids"].shape[1] :]  # (batch, longest answer)
         texts = self.collator.processor.batch_decode(new, skip_special_tokens=True)
         return [plain_text(_cut(text, self.stop_strings)) for text in texts]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mllm_cl.errors import EvaluationError
-from mllm_cl.evaluation.scorers import BENCHMARK_SCORERS
+from mllm_cl.evaluation.scorers import BENCHMARK_SCORERS, CHOICE_LIKELIHOOD
 from mllm_cl.evaluation.scoring import Scored, score_answers
 
 PREDICTIONS = "predictions.jsonl"
@@ -100,6 +100,12 @@ def rescore(predictions: Predictions, metric: str | None = None, profile: str | 
         if benchmark not in BENCHMARK_SCORERS:
             raise EvaluationError(f"{name}: has no profiles.", expected="one of: " + ", ".join(BENCHMARK_SCORERS))
         name = f"{benchmark}:{profile}"
+    if predictions.metric != name and CHOICE_LIKELIHOOD in (predictions.metric, name):
+        raise EvaluationError(
+            f"{predictions.path}: was measured by {predictions.metric or 'generated answers'}, not by {name}.",
+            expected=f"{CHOICE_LIKELIHOOD} only where the likeliest choice was asked for, since nothing is generated there",
+            fix=f"evaluate with --metric {name}.",
+        )
     rows = [
         {
             "id": str(line["id"]),

@@ -28,13 +28,13 @@ def answers(folder: Path) -> list[str]:
 def count(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows that were generated."""
     generated: list[int] = []
-    whole = engine._Engine._greedy
+    whole = engine.Engine._greedy
 
     def greedy(self: Any, inputs: dict[str, Any]) -> list[str]:
         generated.append(len(inputs["input_ids"]))
         return whole(self, inputs)
 
-    monkeypatch.setattr(engine._Engine, "_greedy", greedy)
+    monkeypatch.setattr(engine.Engine, "_greedy", greedy)
     return generated
 
 
@@ -93,14 +93,14 @@ def test_only_what_changed_is_measured_again(
 def test_a_raising_model_ends_with_another_exit_code(
     evaluate: Call, fixture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = engine._Engine._greedy
+    whole = engine.Engine._greedy
 
     def greedy(self: Any, inputs: dict[str, Any]) -> list[str]:
         if inputs["pixel_values"][:, 0].mean() > inputs["pixel_values"][:, 2].mean():
             raise RuntimeError("red is too much")
         return whole(self, inputs)
 
-    monkeypatch.setattr(engine._Engine, "_greedy", greedy)
+    monkeypatch.setattr(engine.Engine, "_greedy", greedy)
     outcome = evaluate(fixture_folder, "--batch_size", "1", tasks="colour", code=1)
     assert "failed: " in outcome.err
     assert "colour: 2 rows could not be answered (colour-test-0, colour-test-2)" in outcome.err
@@ -109,7 +109,7 @@ def test_a_raising_model_ends_with_another_exit_code(
     assert (content["score"], content["n_failed"]) == (None, 2)
     evaluate(fixture_folder, "--batch_size", "1", "--allow_failures", tasks="colour")
     assert result(tmp_path / "out" / "colour")["n"] == 2
-    monkeypatch.setattr(engine._Engine, "_greedy", whole)
+    monkeypatch.setattr(engine.Engine, "_greedy", whole)
     evaluate(fixture_folder, "--batch_size", "1", tasks="colour")
     assert result(tmp_path / "out" / "colour")["n"] == 4
 
@@ -149,11 +149,34 @@ def test_model_args_name_the_checkpoint(
         (("--num_fewshot", "3"), "only 0 is possible"),
         (("--model_args", "dtype=float16"), "put other settings into a recipe"),
         (("--device", "tpu"), "only `cpu` and `cuda`"),
+        (("--use_cache", "x"), "answers are kept in --output_path"),
+        (("--include_path=x",), "name your own tasks with --stream"),
+        (("--metric", "exact_matches"), "did you mean 'exact_match'?"),
+        (("--metric", "exact_match", "--predict_only"), "cannot be given with --predict_only"),
+        (("--verbosity", "loud"), "is none of DEBUG"),
     ],
 )
 def test_flags_that_cannot_be(evaluate: Call, fixture_folder: Path, more: tuple[str, ...], message: str) -> None:
     outcome = evaluate(fixture_folder, *more, tasks="same", code=2)
     assert message in " ".join(outcome.err.replace("│", " ").split())
+
+
+def test_the_likeliest_choice_has_its_own_name(evaluate: Call, fixture_folder: Path, tmp_path: Path) -> None:
+    more = ("--apply_chat_template", "--verbosity", "ERROR")
+    evaluate(fixture_folder, "--metric", "choice_likelihood", *more, tasks="same")
+    content = result(tmp_path / "out" / "same")
+    assert (content["metric"], content["scorer"]) == ("choice_likelihood", "choice_likelihood/strict/1")
+    assert set(answers(tmp_path / "out" / "same")) <= {"Yes", "No"}
+    outcome = evaluate(fixture_folder, "--metric", "choice_likelihood", tasks="colour", code=1)
+    assert "choice_likelihood has nothing to choose from" in outcome.err
+
+
+def test_a_system_instruction_is_part_of_the_key(evaluate: Call, fixture_folder: Path, tmp_path: Path) -> None:
+    keys = set()
+    for more in ((), ("--system_instruction", "Be short."), ("--system_instruction", "Be long.")):
+        evaluate(fixture_folder, *more, tasks="same")
+        keys.add(result(tmp_path / "out" / "same")["key"])
+    assert len(keys) == 3
 
 
 def test_a_benchmark_for_a_judge(evaluate: Call, fixture_folder: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def written(loaded, make_row, monkeypatch, tmp_path):
         row["images"] = rows[-1]["images"] if number % 2 else row["images"]
         rows.append({**row, "choices": ["a", "b"], "odd": object()})
 
-    def answers(model, processor, rows, batches, settings, route=None):
+    def answers(model, processor, rows, batches, settings, route=None, engine_type=None):
         for batch in batches:
             yield batch, [("Yes.", "nope", "No", "no\u2028")[index % 4] for index in batch]
 
