@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 from mllm_cl.cli.evaluate_arguments import (
     VERBOSITY,
     batch_size_of,
+    check_model,
     checkpoint_of_model_args,
     generation_options,
     limit_of,
@@ -143,8 +144,9 @@ def evaluate(
     `mllm-cl evaluate score --help` (score predictions again without a model) and `mllm-cl evaluate ls --help`.
     """
     names = list(checkpoints or [])
+    check_model(model)
     if model_args is not None:
-        name, base_model = checkpoint_of_model_args(model, model_args, names, base_model)
+        name, base_model = checkpoint_of_model_args(model_args, names, base_model)
         names = [name]
     if not names:
         raise typer.BadParameter("name a checkpoint, or give --model_args pretrained=MODEL", param_hint="CHECKPOINT")

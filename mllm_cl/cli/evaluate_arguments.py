@@ -116,12 +116,14 @@ def generation_options(text: str | None) -> dict[str, Any]:
     return options
 
 
-def checkpoint_of_model_args(
-    model: str, text: str, checkpoints: list[str], base_model: str | None
-) -> tuple[str, str | None]:
-    """Returns (checkpoint, base model) of `--model hf --model_args pretrained=...,peft=...`."""
-    if model not in ("hf", "hf-multimodal", "mllm_cl"):
-        raise typer.BadParameter(f"{model!r} is not known; only `hf` is", param_hint="--model")
+def check_model(name: str) -> None:
+    """Refuses other backends than ours, which loads models with transformers."""
+    if name not in ("hf", "hf-multimodal", "mllm_cl"):
+        raise typer.BadParameter(f"{name!r} is not known; only `hf` is", param_hint="--model")
+
+
+def checkpoint_of_model_args(text: str, checkpoints: list[str], base_model: str | None) -> tuple[str, str | None]:
+    """Returns (checkpoint, base model) of `--model_args pretrained=...,peft=...`."""
     given = pairs(text, "--model_args")
     for key in given:
         if key not in MODEL_ARGS[:2]:
