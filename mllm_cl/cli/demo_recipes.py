@@ -12,7 +12,7 @@ from typing import Any
 
 # Sizes and settings of the demo in one place: four runs, 4 minutes on two cores.
 DEMO: dict[str, Any] = {
-    "limit": {"train": 208, "validation": 40, "test": 60},
+    "limit": {"train": 192, "validation": 40, "test": 60},
     "num_train_epochs": 2,
     "learning_rate": 5.0e-3,
     "per_device_train_batch_size": 16,
