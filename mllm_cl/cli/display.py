@@ -85,8 +85,8 @@ class _Count(ProgressColumn):
         return Text("" if task.total is None else f"{task.completed:.0f}/{task.total:.0f}")
 
 
-@contextlib.contextmanager
-def _bars(target: Console, prefix: str) -> Iterator[Progress]:
+def live_bars(target: Console) -> RichProgress:
+    """Returns the bars of a terminal, to be used in a `with` block; they vanish at its end."""
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
@@ -95,7 +95,12 @@ def _bars(target: Console, prefix: str) -> Iterator[Progress]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with RichProgress(*columns, console=target, transient=True) as progress:
+    return RichProgress(*columns, console=target, transient=True)
+
+
+@contextlib.contextmanager
+def _bars(target: Console, prefix: str) -> Iterator[Progress]:
+    with live_bars(target) as progress:
         yield Bars(progress, prefix)
 
 

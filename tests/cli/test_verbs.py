@@ -393,6 +393,26 @@ def test_demo_compares_its_methods(
     assert (tmp_path / "demo/replay/ledger.jsonl").read_bytes() == ledger
 
 
+def test_a_demo_that_fails_shows_why_and_continues(
+    call: Call, base_recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = {"finetune"}
+
+    def small(name: str, output_dir: str, seed: int = 0) -> dict[str, Any]:
+        methods = [{"replay": {"size": -1}}] if name in broken else []
+        return {**base_recipe, "name": name, "output_dir": output_dir, "methods": methods}
+
+    monkeypatch.setattr("mllm_cl.cli.demo_recipes.demo_recipe", small)
+    command = ("demo", "--output-dir", tmp_path / "demo", "--methods", "finetune,joint")
+    outcome = call(*command)
+    assert outcome.code == 2
+    assert "[1/2] finetune: the run ended with exit code 2" in outcome.err
+    assert "size" in outcome.err
+    assert (tmp_path / "demo/joint/report.html").is_file(), "the other run was brought to its end"
+    broken.clear()
+    ok(call(*command))
+
+
 # several processes ---------------------------------------------------------------------------------------------------
 
 
