@@ -15,12 +15,14 @@ from typer.core import TyperGroup
 
 from mllm_cl.cli.evaluate_arguments import (
     VERBOSITY,
+    VLLM,
     batch_size_of,
     check_model,
     checkpoint_of_model_args,
     generation_options,
     limit_of,
     refuse,
+    refuse_with_vllm,
     with_system_instruction,
 )
 from mllm_cl.cli.evaluate_lmms import measure_with_lmms_eval, refuse_flags, split_tasks
@@ -68,7 +70,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    model: Annotated[str, typer.Option("--model", help="Only `hf`: how models are loaded.")] = "hf",
+    model: Annotated[str, typer.Option("--model", help="What answers: `hf` (transformers), or `vllm`.")] = "hf",
     model_args: Annotated[
         str | None,
         typer.Option("--model_args", help="Instead of CHECKPOINT: pretrained=MODEL,peft=ADAPTER.", show_default=False),
@@ -175,12 +177,14 @@ def evaluate(
         raise typer.BadParameter(
             "only for `lmms:` tasks; name your own tasks with --stream STREAM.yaml", param_hint="--include_path"
         )
+    if model == VLLM:
+        refuse_with_vllm(metric, device, theirs)
     from mllm_cl.cli.display import make_progress, say, show_table
     from mllm_cl.cli.evaluate_arguments import use_device
     from mllm_cl.evaluation.engine import GenerationSettings
     from mllm_cl.evaluation.samples import write_samples
     from mllm_cl.reporting.formatting import duration, score
-    from mllm_cl.training.checkpoint_loading import find_checkpoint
+    from mllm_cl.training.checkpoint_loading import find_checkpoint, load_checkpoints
     from mllm_cl.training.standalone import (
         check_output,
         choose_rows,
@@ -189,6 +193,7 @@ def evaluate(
         measure,
         with_profile,
     )
+    from mllm_cl.training.vllm_checkpoints import prepare_vllm
 
     use_device(device)
     check_output(output_path)
@@ -220,13 +225,18 @@ def evaluate(
             if system_instruction is not None:
                 chosen = [replace(item, rows=with_system_instruction(item.rows, system_instruction)) for item in chosen]
         named = folder_names(names, found)
+        settings = GenerationSettings(batch_size=rows_per_batch, options=tuple(sorted(options.items())), seed=seed)
+        load = load_checkpoints
+        if model == VLLM:
+            settings, load = prepare_vllm(named, chosen, settings)
         measured = measure(
             named,
             chosen,
             output_path,
-            settings=GenerationSettings(batch_size=rows_per_batch, options=tuple(sorted(options.items())), seed=seed),
+            settings=settings,
             progress=progress,
             allow_failures=allow_failures,
+            load=load,
         )
     several = len(named) > 1
     rows = [["task", *(["checkpoint"] if several else []), "metric", "score", "rows", "failed", "time"]]

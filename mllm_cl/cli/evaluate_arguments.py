@@ -40,6 +40,8 @@ REFUSED = {
 
 VERBOSITY = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
+VLLM = "vllm"
+
 MODEL_ARGS = ("pretrained", "peft", "revision", "dtype", "trust_remote_code")
 
 
@@ -117,9 +119,23 @@ def generation_options(text: str | None) -> dict[str, Any]:
 
 
 def check_model(name: str) -> None:
-    """Refuses other backends than ours, which loads models with transformers."""
-    if name not in ("hf", "hf-multimodal", "mllm_cl"):
-        raise typer.BadParameter(f"{name!r} is not known; only `hf` is", param_hint="--model")
+    """Refuses what answers neither through transformers nor through vLLM."""
+    if name not in ("hf", "hf-multimodal", "mllm_cl", VLLM):
+        raise typer.BadParameter(f"{name!r} is not known; `hf` and `vllm` are", param_hint="--model")
+
+
+def refuse_with_vllm(metric: str | None, device: str | None, lmms_tasks: Sequence[str]) -> None:
+    """Refuses flags that vLLM could only leave out."""
+    if metric == "choice_likelihood":
+        raise typer.BadParameter(
+            "choice_likelihood needs --model hf: nothing is generated under it", param_hint="--metric"
+        )
+    if device is not None:
+        raise typer.BadParameter("vLLM chooses its devices itself (CUDA_VISIBLE_DEVICES)", param_hint="--device")
+    if lmms_tasks:
+        raise typer.BadParameter(
+            "`lmms:` tasks are answered through transformers; use --model hf", param_hint="--model"
+        )
 
 
 def checkpoint_of_model_args(text: str, checkpoints: list[str], base_model: str | None) -> tuple[str, str | None]:

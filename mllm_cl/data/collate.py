@@ -63,6 +63,12 @@ class Collator:
         """Returns the rows beside what they become, for loaders whose user needs both."""
         return rows, self(rows)
 
+    def prompt(self, row: Row) -> tuple[str, list[Image]]:
+        """Returns the rendered inquiry with one placeholder per image, and the fitted images; for engines that expand
+        placeholders themselves."""
+        messages, images = self._conversation(row)
+        return self.chat.prompt(messages), images
+
     def inputs(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Returns the model inputs of these rows, companions left out.
 

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ from mllm_cl.evaluation.scorers import CHOICE_LIKELIHOOD, scorer_identity
 from mllm_cl.evaluation.scoring import cluster_numbers, score_answers, scorer_fields
 from mllm_cl.files import explained, write_json, write_text
 from mllm_cl.model_section import InputSettings
+
+Answers = Callable[
+    [Sequence[Row], Sequence[list[int]], GenerationSettings], Iterator[tuple[list[int], Sequence[str | Failed]]]
+]
+"""(rows, batches of row indices, settings) -> the answers of each batch."""
 
 CELL_VERSION = 3
 _NAMED = 5  # failed rows in a message
@@ -94,6 +100,7 @@ def evaluate_cell(
     route: Route | None = None,
     advance: Callable[[int], None] = lambda rows: None,
     allow_failures: bool = False,
+    answers: Answers | None = None,
 ) -> CellResult:
     """Measures one cell, or returns what is already on disk under the same key.
 
@@ -107,6 +114,7 @@ def evaluate_cell(
         key: see `cell_key`.
         advance: called with the number of rows after each batch.
         allow_failures: score the rows that were answered, and say in the result how many were not.
+        answers: what answers instead of `model`, which may be `None` then.
 
     Raises:
         EvaluationError: there are no rows, two have the same id, or rows could not be answered.
@@ -134,23 +142,24 @@ def evaluate_cell(
     if state.is_main_process:
         _prepare(folder, key)
     state.wait_for_everyone()
-    answers = _answered(folder)
+    known = _answered(folder)
     state.wait_for_everyone()  # nobody writes while another still reads
-    advance(len(answers))
+    advance(len(known))
     batches = planned(processor, rows, settings)
     engine = Ranker.over(rows) if metric == CHOICE_LIKELIHOOD else None
     mine = batches[state.process_index :: state.num_processes]
-    open_batches = [batch for batch in mine if any(ids[index] not in answers for index in batch)]
+    open_batches = [batch for batch in mine if any(ids[index] not in known for index in batch)]
     part = folder / f"predictions.part{state.process_index}.jsonl"
     with explained(part), part.open("a", encoding="utf-8") as file:
         settings = replace(settings, keep_going=True)
-        for batch, texts in generate_batches(model, processor, rows, open_batches, settings, route, engine):
+        ask = answers or partial(generate_batches, model, processor, route=route, engine_type=engine)
+        for batch, texts in ask(rows, open_batches, settings):
             for index, text in zip(batch, texts):
                 given = {"error": text.error} if isinstance(text, Failed) else {"prediction": text}
                 line = {"id": ids[index], **given}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
-            advance(sum(ids[index] not in answers for index in batch))
+            advance(sum(ids[index] not in known for index in batch))
     state.wait_for_everyone()
     if state.is_main_process:
         names = CellResult(stage, task, metric or "", 0.0, None, 0, round(time.perf_counter() - started, 3), key)

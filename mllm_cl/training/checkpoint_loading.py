@@ -19,6 +19,7 @@ from transformers import ProcessorMixin
 
 from mllm_cl.data.rows import Row
 from mllm_cl.errors import ModelError, RunError
+from mllm_cl.evaluation.cell import Answers
 from mllm_cl.evaluation.matrix import BASE_STAGE
 from mllm_cl.files import folder_sha256, is_gated
 from mllm_cl.methods.base import overrides
@@ -65,9 +66,10 @@ class Checkpoint:
     """A model that is ready to answer.
 
     Args:
-        weights: identifies base weights and adapter, for the keys of cells.
+        weights: identifies base weights, adapter and dtype, for the keys of cells.
         route: task -> routing function; `None` for tasks whose rows are not routed.
         activate: makes this checkpoint the one that `model` answers as, where several share a base model.
+        answers: what answers where `model` is `None`, since another engine has it.
     """
 
     label: str
@@ -76,6 +78,7 @@ class Checkpoint:
     weights: str
     route: Callable[[str | None], Router | None]
     activate: Callable[[], None] = lambda: None
+    answers: Answers | None = None
 
 
 def find_checkpoint(name: str, base_model: str | None = None) -> Found:
@@ -150,8 +153,9 @@ def load_checkpoints(several: Sequence[Found]) -> list[Checkpoint]:
         named.append((found, [name], f"{base}/{folder_sha256(folder)}"))
     model.to(place)  # type: ignore[arg-type]
     model.eval()
+    dtype = next(model.parameters()).dtype
     loaded = [
-        Checkpoint(found.label, model, processor, weights, lambda task: None, _activation(model, names))
+        Checkpoint(found.label, model, processor, f"{weights}/{dtype}", lambda task: None, _activation(model, names))
         for found, names, weights in named
     ]
     loaded[0].activate()
@@ -185,7 +189,8 @@ def _routed(found: Found, model: Any, processor: ProcessorMixin, base: str, plac
     def route(task: str | None) -> Router | None:
         return learner.router(learner.context(stream[len(stream) - 1], stream, Accelerator()), task)
 
-    return Checkpoint(found.label, learner.model, processor, f"{base}/{folder_sha256(folder)}", route)
+    weights = f"{base}/{folder_sha256(folder)}/{next(learner.model.parameters()).dtype}"
+    return Checkpoint(found.label, learner.model, processor, weights, route)
 
 
 def _last_stage(run: Path, base_model: str | None) -> Found:

@@ -6,7 +6,7 @@ base model are adapters that are switched in place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,7 @@ from mllm_cl.evaluation.scorers import BENCHMARK_SCORERS, find_metric
 from mllm_cl.recipe import Recipe
 from mllm_cl.streams import Stream, arrange, load_benchmark, load_stream, stream_of_section
 from mllm_cl.streams.fingerprint import digest_rows
-from mllm_cl.training.checkpoint_loading import Found, load_checkpoints, routes
+from mllm_cl.training.checkpoint_loading import Checkpoint, Found, load_checkpoints, routes
 from mllm_cl.training.progress import Progress, Silent
 
 QUICKSTART = "quickstart"
@@ -163,6 +163,7 @@ def measure(
     settings: GenerationSettings | None = None,
     progress: Progress | None = None,
     allow_failures: bool = False,
+    load: Callable[[Sequence[Found]], list[Checkpoint]] = load_checkpoints,
 ) -> Measurement:
     """Writes `predictions.jsonl` and `result.json` of every cell.
 
@@ -172,17 +173,17 @@ def measure(
     Args:
         checkpoints: name of the folder -> checkpoint.
         settings: how answers are generated; the longest answer is that of each task.
+        load: loads checkpoints that share a base model.
     """
     shown, results, failures = progress or Silent(), [], []
     for group in _groups(checkpoints):
         with shown.waiting("loading the model"):
-            loaded = load_checkpoints([checkpoints[name] for name in group])
+            loaded = load([checkpoints[name] for name in group])
         for item in chosen:
             digest = digest_rows(item.rows)
             own = replace(settings or GenerationSettings(), max_new_tokens=item.max_new_tokens)
             for name, checkpoint in zip(group, loaded):
                 checkpoint.activate()
-                weights = f"{checkpoint.weights}/{next(checkpoint.model.parameters()).dtype}"
                 place = output / item.name if len(checkpoints) == 1 else output / name / item.name
                 with shown.bar(f"{name}: evaluating {item.name}", len(item.rows)) as advance:
                     try:
@@ -195,10 +196,11 @@ def measure(
                             task=item.name,
                             metric=item.metric,
                             settings=own,
-                            key=cell_key(checkpoint.processor, digest, weights, item.metric, own),
+                            key=cell_key(checkpoint.processor, digest, checkpoint.weights, item.metric, own),
                             route=checkpoint.route(item.name if item.learnt else None),
                             advance=advance,
                             allow_failures=allow_failures,
+                            answers=checkpoint.answers,
                         )
                     except EvaluationError as error:
                         failures.append(Failure(name, item.name, str(error)))

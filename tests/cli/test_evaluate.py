@@ -146,7 +146,7 @@ def test_model_args_name_the_checkpoint(
         (("--gen_kwargs", "num_beam=2"), "did you mean 'num_beams'?"),
         (("--gen_kwargs", "num_beams=two"), "is no int"),
         (("--limit", "1.5"), "neither a number of rows nor a share"),
-        (("--model", "vllm"), "'vllm' is not known; only `hf` is"),
+        (("--model", "sglang"), "'sglang' is not known; `hf` and `vllm` are"),
         (("--num_fewshot", "3"), "only 0 is possible"),
         (("--model_args", "dtype=float16"), "put other settings into a recipe"),
         (("--device", "tpu"), "only `cpu` and `cuda`"),
