@@ -63,7 +63,7 @@ class Collator:
         """Returns the rows beside what they become, for loaders whose user needs both."""
         return rows, self(rows)
 
-    def prompt(self, row: Row) -> tuple[str, list[Image]]:
+    def prompt(self, row: Row) -> tuple[str, Sequence[Image]]:
         """Returns the rendered inquiry with one placeholder per image, and the fitted images; for engines that expand
         placeholders themselves."""
         messages, images = self._conversation(row)

@@ -16,8 +16,8 @@ QUANTIZATIONS = (None, "4bit", "8bit")
 
 # Why a launcher is refused for every method. A test holds the words of docs/compatibility.md against them.
 REFUSED: dict[str, str] = {
-    "zero1": "DeepSpeed writes its checkpoints as pickles, and resuming a task under it has not been tested",
-    "zero2": "DeepSpeed writes its checkpoints as pickles, and resuming a task under it has not been tested",
+    "zero1": "no test has trained tasks under DeepSpeed's engine yet, and the checkpoints it writes within a task are pickles",
+    "zero2": "no test has trained tasks under DeepSpeed's engine yet, and the checkpoints it writes within a task are pickles",
     "zero3": "adapters are added, merged and evaluated between tasks, which sharded base weights do not allow yet",
 }
 QUANTIZED: dict[str, str] = {
