@@ -107,7 +107,8 @@ def child(what: str, recipe: dict) -> None:
     from mllm_cl.training.memory import estimate_memory
 
     stream = stream_of_section(loaded.stream)
-    found = estimate_memory(loaded, build_methods(loaded), stream[0].train, stream[0].test, libraries=resident())
+    first, held = stream[0], resident()
+    found = estimate_memory(loaded, build_methods(loaded), first.train, first.test, on_cpu=True, libraries=held)
     print(json.dumps({**vars(found), "total": found.total}))
 
 

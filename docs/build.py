@@ -103,7 +103,7 @@ def compatibility_page() -> str:
         "| `training.activation_checkpointing` | same gradients with SAC + UIR | `tests/launchers/test_memory_options.py` |",
         "| `training.bf16`, `model.dtype: bfloat16` | trains, base unchanged | `tests/launchers/test_memory_options.py` |",
         "| `model.quantization: 4bit`, `8bit` | every method; language part only | `tests/launchers`, `tests/models` |",
-        "| `training.auto_find_batch_size` | refused: a second try would go on from half-trained weights | the same |",
+        "| `training.auto_find_batch_size` | fewer rows per pass, more passes per step, the same weights; not with FSDP | `tests/training/test_batch_size.py` |",
         "",
         "`mllm-cl doctor RECIPE` estimates what a recipe needs. Quantised bases were tested on CPUs only; no GPU was at hand.",
     ]

@@ -17,6 +17,7 @@ _MEANING = {
     "gradients": "of what is trained",
     "optimizer": "states of the optimizer",
     "activations": "peak of one training step, companions of the methods included",
+    "allocator": "kept by the C library of what a step gives back",
     "evaluation": "peak of one generation batch; not at the same time as training",
 }
 
@@ -40,7 +41,8 @@ def check_recipe(path: Path, overrides: Sequence[str]) -> tuple[list[list[str]],
     on_cpu = runs_on_cpu(recipe.training)
     train = [row for task in stream for row in task.train[:_OF_A_TASK]]
     test = [row for task in stream for row in task.test[:_OF_A_TASK]]
-    estimate = estimate_memory(recipe, methods, train, test, libraries=resident_bytes() if on_cpu else 0)
+    held = resident_bytes() if on_cpu else 0
+    estimate = estimate_memory(recipe, methods, train, test, on_cpu=on_cpu, libraries=held)
     parts = [[name, readable(getattr(estimate, name)), meaning] for name, meaning in _MEANING.items()]
     parts.append(["peak", readable(estimate.total), f"{estimate.rows} rows of up to {estimate.length} tokens"])
     free, where = (free_bytes(), "of memory are free") if on_cpu else (device_bytes(), "on the device")

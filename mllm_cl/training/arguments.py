@@ -74,8 +74,6 @@ OWNED: dict[str, str] = {
     "resume_from_checkpoint": "nothing: the same command continues a run",
     "push_to_hub": "`mllm-cl push`",
     "disable_tqdm": "nothing: the command line shows progress",
-    "auto_find_batch_size": "per_device_train_batch_size that fits, by `mllm-cl doctor RECIPE` (a second try would go on "
-    "from half-trained weights)",
     "use_cache": "nothing",
     "fsdp_config": "nothing: what is sharded is decided by the run (`fsdp: true`)",
     "dataloader_persistent_workers": "nothing: every epoch has inquiries of its own, and starts workers that know them",

@@ -54,6 +54,13 @@ def build_methods(recipe: Recipe) -> list[Method]:
             expected="one process, or another budget",
             fix="start one process, or use trainable_parameters or stored_bytes.",
         )
+    if recipe.training.get("auto_find_batch_size") and started not in ("single", "ddp"):
+        raise RecipeError(
+            f"training.auto_find_batch_size does not work with {started} "
+            "(a process that runs out of memory leaves the others waiting).",
+            expected="one process or ddp",
+            fix="give a per_device_train_batch_size that fits; `mllm-cl doctor RECIPE` estimates it.",
+        )
     if recipe.model.quantization is not None:
         check_bitsandbytes(recipe.model.quantization)
     _check_launcher(methods, started)

@@ -54,6 +54,7 @@ class MemoryEstimate:
         activations: peak of one training step, inquiries and other companions of the methods included.
         methods: copies of adapters that methods keep for reference.
         evaluation: peak of one generation batch (cache of keys and values, activations).
+        allocator: what the C library keeps of the memory that a step gives back; 0 where the device has no C library.
         libraries: what the process holds before it has a model; 0 where the device does not hold it.
         rows, length: rows of a batch and tokens of its longest row that this holds for.
     """
@@ -65,6 +66,7 @@ class MemoryEstimate:
     activations: int
     methods: int
     evaluation: int
+    allocator: int
     libraries: int
     rows: int
     length: int
@@ -72,12 +74,18 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """The peak of the run: of training or of evaluation, whichever is larger."""
-        training = self.gradients + self.optimizer + self.activations
+        training = self.gradients + self.optimizer + self.activations + self.allocator
         return self.libraries + self.weights + self.adapters + self.methods + max(training, self.evaluation)
 
 
 def estimate_memory(
-    recipe: Recipe, methods: Sequence[Method], train: Sequence[Row], test: Sequence[Row], *, libraries: int = 0
+    recipe: Recipe,
+    methods: Sequence[Method],
+    train: Sequence[Row],
+    test: Sequence[Row],
+    *,
+    on_cpu: bool = False,
+    libraries: int = 0,
 ) -> MemoryEstimate:
     """Estimates the peak memory of a run on one device.
 
@@ -85,6 +93,8 @@ def estimate_memory(
         recipe: what would be run.
         methods: its methods.
         train, test: rows of its tasks; the longest of them are taken.
+        on_cpu: trained on the CPU, where freed pieces of many sizes stay with the process: as much again as a step needs,
+            measured with and without `MALLOC_MMAP_THRESHOLD_=65536` (docs/performance.md).
         libraries: bytes that the process holds already.
 
     Raises:
@@ -127,14 +137,20 @@ def estimate_memory(
         weights=weights,
         adapters=round(one * copies),
         gradients=one,
-        optimizer=trained * _OPTIMIZER_BYTES.get(str(training.get("optim", "adamw")), _ADAMW_BYTES),
+        optimizer=trained * optimizer_bytes(str(training.get("optim", "adamw"))),
         activations=activations,
         methods=one if policy == "one" and any("previous" in method.needs for method in methods) else 0,
         evaluation=evaluation,
+        allocator=activations if on_cpu else 0,
         libraries=libraries,
         rows=rows,
         length=length,
     )
+
+
+def optimizer_bytes(name: str) -> int:
+    """Returns what an optimizer of transformers keeps per trainable parameter."""
+    return _OPTIMIZER_BYTES.get(name.split(".")[-1].lower(), _ADAMW_BYTES)
 
 
 def longest(processor: Any, rows: Sequence[Row], count: int) -> list[Row]:

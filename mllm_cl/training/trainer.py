@@ -33,6 +33,7 @@ from mllm_cl.methods.spectral_consolidation import SpectralConsolidation
 from mllm_cl.models import adapters, extra_parameters
 from mllm_cl.streams import Stream, Task
 from mllm_cl.training.arguments import adapt_arguments
+from mllm_cl.training.batch_size import fit_batch_size
 from mllm_cl.training.capabilities import check_plain
 from mllm_cl.training.checkpoint import CheckpointedTrainer, load_tree, save_tree
 from mllm_cl.training.learner import Learner
@@ -83,6 +84,7 @@ class ContinualTrainer(CheckpointedTrainer):
             raise DataError("train_dataset: has no rows to train on.", expected="the rows of a task")
         args = args or TrainingArguments("trainer_output")
         adapt_arguments(args)
+        find_size, args.auto_find_batch_size = args.auto_find_batch_size, False  # see `batch_size.py`
         learner = learner or self._learner_of(model, processing_class, methods, peft_config, args.seed)
         task = task or Task(name=f"task-{learner.stage + 1}", train=given, test=())
         self.learner = learner
@@ -109,6 +111,8 @@ class ContinualTrainer(CheckpointedTrainer):
         self._trained = [parameter for parameter in learner.model.parameters() if parameter.requires_grad]
         self.add_callback(_CountEpochs(self.ctx))
         self.add_callback(_Steps(learner, self.ctx))
+        if find_size and self.rows:
+            fit_batch_size(self)
 
     def _learner_of(
         self,
@@ -154,23 +158,29 @@ class ContinualTrainer(CheckpointedTrainer):
             remove(self.ctx.cache)
         return output
 
-    def rehearse(self) -> None:
-        """Runs the passes of one micro-batch as a step would and takes back what it changed, for who counts its work."""
+    def rehearse(self, rows: Sequence[Row] | None = None) -> None:
+        """Runs the passes of one micro-batch as a step would and takes back what it changed.
+
+        Args:
+            rows: of the micro-batch; some of the task when not given.
+        """
         states = copy.deepcopy([method.state_dict() for method in self.learner.methods])
         drawn, count = self.ctx.rng.get_state(), self.args.per_device_train_batch_size
-        chosen: list[Any] = [self.train_dataset[index * self.rows // count] for index in range(count)]  # type: ignore[index,arg-type]
-        with torch.random.fork_rng():  # dropout
-            self.model.train()  # type: ignore[union-attr]
-            batch = self.data_collator(chosen)
-            (batch,), items = self.get_batch_samples(iter([batch]), 1, self.args.device)
-            self.compute_loss(self.model, self._prepare_inputs(batch), num_items_in_batch=items).backward()  # type: ignore[arg-type]
-            for method in self.learner.methods:
-                method.before_step(self.ctx)
-        self.model.zero_grad()  # type: ignore[union-attr]
-        for method, state in zip(self.learner.methods, states):
-            method.load_state_dict(state)
-        self.ctx.rng.set_state(drawn)
-        self._term_sums, self._term_count = {}, 0
+        chosen: Any = rows or [self.train_dataset[index * self.rows // count] for index in range(count)]  # type: ignore[index]
+        try:
+            with torch.random.fork_rng():  # dropout
+                self.model.train()  # type: ignore[union-attr]
+                batch = self.data_collator(chosen)
+                (batch,), items = self.get_batch_samples(iter([batch]), 1, self.args.device)
+                self.compute_loss(self.model, self._prepare_inputs(batch), num_items_in_batch=items).backward()  # type: ignore[arg-type]
+                for method in self.learner.methods:
+                    method.before_step(self.ctx)
+        finally:
+            self.model.zero_grad()  # type: ignore[union-attr]
+            for method, state in zip(self.learner.methods, states):
+                method.load_state_dict(state)
+            self.ctx.rng.set_state(drawn)
+            self._term_sums, self._term_count = {}, 0
 
     # the loss --------------------------------------------------------------------------------------------------------
 

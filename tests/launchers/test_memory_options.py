@@ -11,7 +11,6 @@ import torch
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-from mllm_cl.errors import RecipeError
 from mllm_cl.evaluation.engine import GenerationSettings, generate
 from mllm_cl.methods import METHODS, build_method
 from mllm_cl.methods.inquiry_regularization import InquiryRegularization
@@ -19,7 +18,6 @@ from mllm_cl.methods.spectral_consolidation import SpectralConsolidation
 from mllm_cl.models import adapters
 from mllm_cl.models.load import base_fingerprint, load_model
 from mllm_cl.recipe import MethodSpec
-from mllm_cl.training.arguments import check_training
 from mllm_cl.training.learner import Learner
 
 OPTIONS = {
@@ -117,9 +115,3 @@ def test_bfloat16_trains_and_answers(fixture_folder, small_stream, train_task):
     assert base_fingerprint(learner.model) == before
     answers = generate(learner.model, processor, list(stream[0].test), GenerationSettings(2))
     assert len(answers) == len(stream[0].test)
-
-
-def test_finding_the_batch_size_by_failing_is_refused():
-    with pytest.raises(RecipeError, match="auto_find_batch_size") as caught:
-        check_training({"auto_find_batch_size": True})
-    assert "mllm-cl doctor" in str(caught.value)

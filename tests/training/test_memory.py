@@ -19,7 +19,7 @@ LORA = {"r": 4, "lora_alpha": 8}
 def estimate(fixture_folder, small_stream):
     """Returns a function that estimates a recipe on the fixture model."""
 
-    def make(*methods: str, model=None, **training):
+    def make(*methods: str, model=None, on_cpu=False, **training):
         recipe = load_recipe(
             {
                 "name": "x",
@@ -32,7 +32,7 @@ def estimate(fixture_folder, small_stream):
         )
         built = [build_method(MethodSpec(name=name)) for name in methods]
         task = small_stream(1)[0]
-        return estimate_memory(recipe, built, task.train, task.test)
+        return estimate_memory(recipe, built, task.train, task.test, on_cpu=on_cpu)
 
     return make
 
@@ -61,6 +61,10 @@ def test_options_change_what_they_should(estimate):
     assert 0.5 <= half.weights / plain.weights < 0.52  # buffers of positions stay what they are
     four = estimate("finetune", model={"quantization": "4bit"})
     assert four.weights < plain.weights
+    assert plain.allocator == 0
+    on_cpu = estimate("finetune", on_cpu=True)
+    assert on_cpu.allocator == on_cpu.activations == plain.activations
+    assert on_cpu.total == plain.total + plain.activations  # the step is larger than the evaluation here
     assert estimate("lwf").methods == plain.adapters  # a copy of the previous stage
     assert estimate("spectral_consolidation").adapters == 5 * plain.adapters  # consolidated at 4 x r, and the fresh one
     assert estimate("inquiry_regularization").activations > plain.activations
