@@ -42,11 +42,12 @@ def show_comparison(runs: Sequence[Path]) -> None:
     from mllm_cl.cli.display import say, show_table
     from mllm_cl.reporting import compare as compare_runs
     from mllm_cl.reporting import comparison_table
-    from mllm_cl.reporting.compare import COSTS_SHOWN
+    from mllm_cl.reporting.compare import BEHAVIOUR_SHOWN, COSTS_SHOWN
     from mllm_cl.reporting.formatting import change
 
     comparison = compare_runs(runs)
     show_table(comparison_table(comparison, SHOWN), "comparison (percent; changes in points)")
+    show_table(comparison_table(comparison, BEHAVIOUR_SHOWN), "how it answers after the last stage (shares in percent)")
     show_table(comparison_table(comparison, COSTS_SHOWN), "cost of training, over all tasks")
     hidden = ("methods", "version")
     differing = [entry for entry in comparison.differences if entry.name not in hidden and entry.kind not in hidden]

@@ -15,6 +15,7 @@ from mllm_cl.errors import RunError
 from mllm_cl.evaluation.statistics import Spread, mean_and_std
 from mllm_cl.files import write_text
 from mllm_cl.reporting import formatting
+from mllm_cl.reporting.behaviour import final_drift, final_obedience
 from mllm_cl.reporting.paired import PairedDerived, PairedTask, paired_derived, paired_tests
 from mllm_cl.reporting.run import RunSummary, read_run, run_labels
 
@@ -84,6 +85,10 @@ def _largest(field: str) -> Callable[[RunSummary], float | None]:
     return lambda run: run.largest(field)
 
 
+def _drift(field: str) -> Callable[[RunSummary], float | None]:
+    return lambda run: final_drift(run, field)
+
+
 def _general_final(run: RunSummary) -> float | None:
     values = run.matrix.general_values[-1] if run.matrix else []
     known = [value for value in values if value is not None]
@@ -97,6 +102,10 @@ COLUMNS: tuple[Column, ...] = (
     Column("forgetting", "forgetting", _derived("forgetting"), formatting.score, False),
     Column("general_final", "general, final", _general_final, formatting.score, True),
     Column("general_ability_delta", "general, change", _derived("general_ability_delta"), formatting.change, True),
+    Column("one_word_share", "one-word answers", _drift("one_word_share"), formatting.score, False),
+    Column("mean_words", "words per answer", _drift("mean_words"), formatting.decimal),
+    Column("feature_shift", "feature shift", _drift("feature_shift"), formatting.decimal, False),
+    Column("form_followed", "answers in the form asked for", final_obedience, formatting.score, True),
     Column("seconds", "training time", _total("seconds"), formatting.duration, False),
     Column("flops", "training FLOPs", _total("flops"), formatting.flops, False),
     Column("trainable_parameters", "trainable parameters", _largest("trainable_parameters"), formatting.count),
@@ -109,6 +118,9 @@ COLUMNS: tuple[Column, ...] = (
     Column("extra_forward_passes", "extra forward passes", _total("extra_forward_passes"), formatting.count, False),
     Column("tokens", "tokens", _total("tokens"), formatting.count),
 )
+BEHAVIOUR_SHOWN = ("one_word_share", "mean_words", "feature_shift", "form_followed")
+"""Keys of the columns that say how the model answers after the last stage, right or wrong."""
+
 COSTS_SHOWN = (
     *("seconds", "flops", "trainable_parameters", "stored_bytes", "stored_per_task", "peak_memory_mib"),
     *("train_rows", "inquiry_ratio", "steps", "extra_forward_passes", "tokens"),

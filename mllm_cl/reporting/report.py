@@ -11,16 +11,16 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from mllm_cl.evaluation.instructions import obedience
 from mllm_cl.evaluation.matrix import BASE_STAGE
 from mllm_cl.evaluation.metrics import DEFINITIONS
 from mllm_cl.files import write_text
 from mllm_cl.reporting import formatting
 from mllm_cl.reporting.answers import find_changes
+from mllm_cl.reporting.behaviour import drift_by_stage, form_shares
 from mllm_cl.reporting.charts import general_panels, task_panels
 from mllm_cl.reporting.compare import compare, comparison_table
 from mllm_cl.reporting.figures import write_figures
-from mllm_cl.reporting.run import RunSummary, predictions_path, read_json_lines, read_run, run_labels
+from mllm_cl.reporting.run import RunSummary, read_run, run_labels
 
 HEADLINES = (
     *("mean_final_accuracy", "mean_finetune_accuracy", "backward_transfer", "forgetting"),
@@ -201,16 +201,7 @@ def general_table(run: RunSummary) -> list[list[str]]:
 
 def instruction_table(run: RunSummary) -> list[list[str]]:
     """Returns header and rows: stage, and of each test set whose questions ask for a form of answer, the percent in it."""
-    names = [*(run.matrix.tasks if run.matrix else ()), *(run.matrix.general_names if run.matrix else ())]
-    stages = run.matrix.stages if run.matrix else []
-    shares: dict[str, dict[str, float]] = {}
-    for name in names:
-        for stage in stages:
-            lines = read_json_lines(predictions_path(run, stage, name), [])
-            pairs = [(str(line.get("question", "")), str(line.get("prediction", ""))) for line in lines]
-            percent = obedience(pairs).percent
-            if percent is not None:
-                shares.setdefault(name, {})[stage] = percent
+    shares, stages = form_shares(run), run.matrix.stages if run.matrix else []
     measured = [stage for stage in stages if any(stage in own for own in shares.values())]
     rows = [[stage, *(formatting.score(own.get(stage)) for own in shares.values())] for stage in measured]
     return [["stage", *shares], *rows] if rows else []
@@ -219,7 +210,6 @@ def instruction_table(run: RunSummary) -> list[list[str]]:
 def drift_table(run: RunSummary) -> list[list[str]]:
     """Returns header and rows: stage, language feature shift, share of one-word answers, mean length of an answer."""
     names = [BASE_STAGE, *(stage.name for stage in run.stages)]
-    found = {entry["stage"]: entry for entry in run.ledger if entry.get("event") == "drift"}
     rows = [
         [
             names[stage],
@@ -227,8 +217,7 @@ def drift_table(run: RunSummary) -> list[list[str]]:
             formatting.score(entry["one_word_share"]),
             formatting.decimal(entry["mean_words"]),
         ]
-        for stage, entry in sorted(found.items())
-        if stage < len(names)
+        for stage, entry in drift_by_stage(run).items()
     ]
     return [["stage", "feature shift", "one-word answers", "words per answer"], *rows] if rows else []
 

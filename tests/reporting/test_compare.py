@@ -9,7 +9,9 @@ import pytest
 from mllm_cl.errors import RunError
 from mllm_cl.evaluation.statistics import mean_and_std
 from mllm_cl.reporting import compare, comparison_table, read_run, write_comparison
-from mllm_cl.reporting.compare import COSTS_SHOWN
+from mllm_cl.reporting.compare import BEHAVIOUR_SHOWN, COSTS_SHOWN
+from mllm_cl.reporting.report import drift_table, instruction_table
+from mllm_cl.reporting.run import predictions_path
 
 
 def final(folder):
@@ -147,3 +149,39 @@ def test_a_method_that_measures_less_is_not_unfinished(fake_run):
     assert found.notes == ()
     assert found.rows[0].values["mean_final_accuracy"] is not None
     assert found.rows[0].values["forgetting"] is None
+
+
+def test_how_a_run_answers_is_that_of_its_report(fake_run):
+    """Format collapse, feature shift and instruction following after the last stage: mean ± deviation over seeds."""
+    folders = [fake_run(f"s{seed}", seed=seed) for seed in range(2)]
+    for seed, folder in enumerate(folders):
+        measured = {"feature_shift": 0.1 + 0.2 * seed, "one_word_share": 50.0 + 25 * seed, "mean_words": 3.0 - seed}
+        entries = [{"event": "drift", "stage": stage, "n": 8, **measured} for stage in (0, 4)]
+        entries[0] |= {"feature_shift": 0.0, "one_word_share": 0.0, "mean_words": 9.0}
+        with (folder / "ledger.jsonl").open("a") as file:
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+        run = read_run(folder)
+        for task, answers in (("plates", ("dog", "a dog")), ("pope", ("yes", "no", "maybe")[: 2 + seed])):
+            asked = "Which? Answer in one word." if task == "plates" else "Is it? Answer yes or no."
+            path = predictions_path(run, run.matrix.stages[-1], task)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps({"question": asked, "prediction": text}) + "\n" for text in answers))
+    reports = [(drift_table(read_run(folder))[-1], instruction_table(read_run(folder))[-1]) for folder in folders]
+    assert reports[0] == (["04-signs", "0.1", "50.0", "3"], ["04-signs", "50.0", "100.0"])
+    assert reports[1] == (["04-signs", "0.3", "75.0", "2"], ["04-signs", "50.0", "66.7"])
+    found = compare([*folders, fake_run("plain", methods=["replay"])])
+    values = found.rows[0].values
+    assert values["feature_shift"] == mean_and_std([0.1, 0.1 + 0.2])
+    assert values["one_word_share"] == mean_and_std([50.0, 75.0])
+    assert values["mean_words"] == mean_and_std([3.0, 2.0])
+    assert values["form_followed"] == mean_and_std([75.0, (50 + 200 / 3) / 2])
+    table = comparison_table(found, BEHAVIOUR_SHOWN)
+    assert table[1][2:] == ["62.5 ± 17.7", "2.5 ± 0.707", "0.2 ± 0.141", "66.7 ± 11.8"]
+    assert table[2][2:] == ["not measured"] * 4
+
+
+def test_drift_of_an_earlier_stage_is_not_the_last_one(fake_run):
+    folder = fake_run("early")
+    with (folder / "ledger.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "drift", "stage": 3, "one_word_share": 1.0, "mean_words": 1.0, "n": 8}) + "\n")
+    assert compare([folder]).rows[0].values["one_word_share"] is None
