@@ -279,9 +279,9 @@ def score_again(
     from mllm_cl.reporting.formatting import score
 
     rows = [["predictions", "metric", "profile", "score", "rows"]]
-    for path in [path for place in predictions for path in find_predictions(place)]:
-        content = read_predictions(path)
-        name, scored = rescore(content, metric, profile)
+    contents = [read_predictions(path) for place in predictions for path in find_predictions(place)]
+    for content, (name, scored) in [(content, rescore(content, metric, profile)) for content in contents]:
+        path = content.path
         rows.append([str(path), name, scored.profile, score(scored.value, scored.stderr), str(len(content.lines))])
         if output_path is not None:
             result = {

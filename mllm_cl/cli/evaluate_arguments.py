@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -23,6 +24,18 @@ OPTIONS = {
     "until": str,
 }
 """What `--gen_kwargs` understands; `until` is a stop string, several with `|` between them."""
+
+LEAST = {
+    "max_new_tokens": 1,
+    "temperature": 0,
+    "top_p": 0,
+    "top_k": 0,
+    "num_beams": 1,
+    "repetition_penalty": 0,
+    "no_repeat_ngram_size": 0,
+    "min_new_tokens": 0,
+}
+"""What a number of `--gen_kwargs` must not be below; `top_p` must not be above 1 either."""
 
 REFUSED = {
     "--use_cache": "answers are kept in --output_path and used again while nothing they depend on has changed",
@@ -111,6 +124,9 @@ def generation_options(text: str | None) -> dict[str, Any]:
         except ValueError:
             kind = OPTIONS[key].__name__
             raise typer.BadParameter(f"{key}={value!r} is no {kind}", param_hint="--gen_kwargs") from None
+        if key in LEAST and not LEAST[key] <= options[key] <= (1 if key == "top_p" else math.inf):
+            bound = "between 0 and 1" if key == "top_p" else f"at least {LEAST[key]}"
+            raise typer.BadParameter(f"{key}={value} has to be {bound}", param_hint="--gen_kwargs")
     if "until" in options:
         options["stop_strings"] = tuple(options.pop("until").split("|"))
     if options.get("temperature") == 0:  # what other harnesses call greedy

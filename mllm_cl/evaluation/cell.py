@@ -27,6 +27,7 @@ from mllm_cl.data.rows import Row, message_text, reference_answers
 from mllm_cl.errors import EvaluationError
 from mllm_cl.evaluation.engine import Failed, GenerationSettings, Route, generate_batches, planned
 from mllm_cl.evaluation.likelihood import Ranker
+from mllm_cl.evaluation.prepared import Prepared
 from mllm_cl.evaluation.scorers import CHOICE_LIKELIHOOD, scorer_identity
 from mllm_cl.evaluation.scoring import cluster_numbers, score_answers, scorer_fields
 from mllm_cl.files import explained, write_json, write_text
@@ -101,6 +102,7 @@ def evaluate_cell(
     advance: Callable[[int], None] = lambda rows: None,
     allow_failures: bool = False,
     answers: Answers | None = None,
+    prepared: Prepared | None = None,
 ) -> CellResult:
     """Measures one cell, or returns what is already on disk under the same key.
 
@@ -115,6 +117,7 @@ def evaluate_cell(
         advance: called with the number of rows after each batch.
         allow_failures: score the rows that were answered, and say in the result how many were not.
         answers: what answers instead of `model`, which may be `None` then.
+        prepared: what checkpoints of the same model share for these rows, under the same settings.
 
     Raises:
         EvaluationError: there are no rows, two have the same id, or rows could not be answered.
@@ -145,14 +148,14 @@ def evaluate_cell(
     known = _answered(folder)
     state.wait_for_everyone()  # nobody writes while another still reads
     advance(len(known))
-    batches = planned(processor, rows, settings)
+    batches = planned(processor, rows, settings) if prepared is None else prepared.batches
     engine = Ranker.over(rows) if metric == CHOICE_LIKELIHOOD else None
     mine = batches[state.process_index :: state.num_processes]
     open_batches = [batch for batch in mine if any(ids[index] not in known for index in batch)]
     part = folder / f"predictions.part{state.process_index}.jsonl"
     with explained(part), part.open("a", encoding="utf-8") as file:
         settings = replace(settings, keep_going=True)
-        ask = answers or partial(generate_batches, model, processor, route=route, engine_type=engine)
+        ask = answers or partial(generate_batches, model, processor, route=route, engine_type=engine, prepared=prepared)
         for batch, texts in ask(rows, open_batches, settings):
             for index, text in zip(batch, texts):
                 given = {"error": text.error} if isinstance(text, Failed) else {"prediction": text}

@@ -27,6 +27,7 @@ from mllm_cl.data.collate import Collator, image_tokens, plain_text
 from mllm_cl.data.images import fitted_size, open_image
 from mllm_cl.data.rows import Row, inquiry_of, message_text
 from mllm_cl.errors import EvaluationError
+from mllm_cl.evaluation.prepared import Prepared
 from mllm_cl.evaluation.resampling import cluster_of
 from mllm_cl.evaluation.vision_features import VisionFeatures
 from mllm_cl.model_section import InputSettings
@@ -138,22 +139,27 @@ def generate_batches(
     settings: GenerationSettings,
     route: Route | None = None,
     engine_type: type[Engine] | None = None,
+    prepared: Prepared | None = None,
 ) -> Iterator[tuple[list[int], Sequence[str | Failed]]]:
     """Yields `(row indices, answers)` batch by batch.
 
     Args:
         engine_type: what answers; the greedy engine by default.
+        prepared: inputs and features that other checkpoints of this model left for these rows; what is new is added.
 
     Raises:
         EvaluationError: a single row does not fit into memory.
     """
     engine = (engine_type or Engine)(model, Collator(processor, for_generation=True), settings, route)
     asked = image_groups([rows[index] for batch in batches for index in batch])
-    if len(set(asked)) < len(asked):  # else nothing would be used twice
+    if prepared is not None:
+        engine.features = prepared.features
+    elif len(set(asked)) < len(asked):  # else nothing would be used twice
         engine.features = VisionFeatures(model)
-    workers = settings.workers(sum(map(len, batches)))
+    missing = [batch for batch in batches if prepared is None or prepared.get(batch) is None]
+    workers = settings.workers(sum(map(len, missing)))
     loader = DataLoader(
-        [[rows[index] for index in batch] for batch in batches],  # type: ignore[arg-type]
+        [[rows[index] for index in batch] for batch in missing],  # type: ignore[arg-type]
         batch_size=None,
         collate_fn=engine.collator.with_rows,
         num_workers=workers,
@@ -162,10 +168,15 @@ def generate_batches(
     was_training = model.training
     model.eval()
     try:
-        prepared = iter(loader)
+        loaded = iter(loader)
         for batch in batches:
             try:
-                answers: Sequence[str | Failed] = engine.answer(*next(prepared))
+                inputs = None if prepared is None else prepared.get(batch)
+                if inputs is None:
+                    _, inputs = next(loaded)
+                    if prepared is not None:
+                        prepared.keep(batch, inputs)
+                answers: Sequence[str | Failed] = engine.answer([rows[index] for index in batch], inputs)
             except Exception as error:
                 if not settings.keep_going:
                     raise

@@ -6,7 +6,8 @@ generated answers. It has a name of its own, and neither can be computed from th
 The candidates of a row are the letters of its `choices` where every reference of the task is one, else the texts of its
 `choices`; without `choices`, `Yes` and `No` where every reference is yes or no. A candidate's score is the sum of the log
 probabilities of its tokens behind the inquiry, without the end of the turn. Candidates of one token each are read from the
-same forward pass over the inquiry; longer ones take one pass over all candidates of a row.
+same forward pass over the inquiry. Longer ones take a pass over the inquiry, whose keys and values all candidates of the
+row then share; models that want more than tokens, mask and cache behind it take one pass over all candidates with it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import DynamicCache
 
 from mllm_cl.data.rows import Row, assistant_message, inquiry_of, reference_answers
 from mllm_cl.errors import EvaluationError
@@ -26,6 +28,9 @@ from mllm_cl.evaluation.scorers import CHOICE_LIKELIHOOD
 from mllm_cl.evaluation.scorers.references import lettered
 from mllm_cl.evaluation.scorers.yesno import read_yes_no
 from mllm_cl.models.soft_prompts import SoftPrompts
+
+_BEFORE_THE_ANSWER = frozenset({"input_ids", "attention_mask", "pixel_values", "image_sizes", "pixel_attention_mask"})
+"""Inputs that are used up when an inquiry has been passed; behind it, tokens, mask and cache are enough."""
 
 
 def candidates(rows: Sequence[Row]) -> dict[str, list[str]]:
@@ -78,27 +83,54 @@ class Ranker(Engine):
 
     def _best(self, row: Row, tokens: Sequence[Sequence[int]]) -> int:
         """The place of the likeliest of several candidates of any length."""
-        inputs = self.on_device(self.collator([row] * len(tokens)))
-        longest, length = max(map(len, tokens)), inputs["input_ids"].shape[1]
+        longest = max(map(len, tokens))
         ids, mask = torch.zeros(2, len(tokens), longest, dtype=torch.long, device=self.device)
         for place, own in enumerate(tokens):
             ids[place, : len(own)], mask[place, : len(own)] = torch.tensor(own), 1
+        steps = self._behind_shared(self.on_device(self.collator([row])), ids, mask)
+        if steps is None:
+            steps = self._together(self.on_device(self.collator([row] * len(tokens))), ids, mask)
+        scores = (steps.log_softmax(-1).gather(-1, ids[..., None])[..., 0] * mask).sum(1)
+        return int(scores.argmax())
+
+    def _behind_shared(self, inputs: dict[str, Any], ids: Tensor, mask: Tensor) -> Tensor | None:
+        """Logits of every token of the candidates, the inquiry passed once. Shape (candidates, longest, vocabulary).
+
+        `None` where more than tokens, mask, keys and values is needed behind it (positions of Qwen-VL, Mllama's images).
+        """
+        if not set(inputs) <= _BEFORE_THE_ANSWER or SoftPrompts.of(self._base()) is not None:
+            return None
+        before = self.model(**inputs, use_cache=True, **self._keep(1))
+        first, cache = before.logits[:, -1:], before.past_key_values  # (1, 1, vocabulary)
+        if not isinstance(cache, DynamicCache):
+            return None
+        cache.batch_repeat_interleave(len(ids))
+        whole = torch.cat([inputs["attention_mask"].expand(len(ids), -1), mask], dim=1)
+        after = self.model(input_ids=ids, attention_mask=whole, past_key_values=cache, use_cache=True).logits
+        return torch.cat([first.expand(len(ids), -1, -1), after[:, :-1]], dim=1).float()
+
+    def _together(self, inputs: dict[str, Any], ids: Tensor, mask: Tensor) -> Tensor:
+        """The same by one pass over inquiry and candidate of each."""
         tails = {"input_ids": ids, "attention_mask": mask}
         whole = tuple(inputs["input_ids"].shape)
         for name, value in inputs.items():
             if torch.is_tensor(value) and tuple(value.shape) == whole:
                 tail = tails.get(name, torch.zeros_like(ids))
                 inputs[name] = torch.cat([value, tail.to(value.dtype)], dim=1)
-        logits = self._logits(inputs, longest + 1)
-        steps = logits[:, -longest - 1 : -1].float().log_softmax(-1)  # (candidates, longest, vocabulary)
-        assert inputs["input_ids"].shape[1] == length + longest
-        scores = (steps.gather(-1, ids[..., None])[..., 0] * mask).sum(1)
-        return int(scores.argmax())
+        longest = ids.shape[1]
+        return self._logits(inputs, longest + 1)[:, -longest - 1 : -1].float()
 
     def _logits(self, inputs: dict[str, Any], last: int) -> Tensor:
-        base: Any = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        return self.model(**inputs, **self._keep(last)).logits
+
+    def _keep(self, last: int) -> dict[str, int]:
+        """Asks for the logits of the last positions only, where a model can be asked."""
+        base = self._base()
         short = "logits_to_keep" in inspect.signature(base.forward).parameters and SoftPrompts.of(base) is None
-        return self.model(**inputs, **({"logits_to_keep": last} if short else {})).logits
+        return {"logits_to_keep": last} if short else {}
+
+    def _base(self) -> Any:
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def _tokens(self, row: Row, text: str) -> list[int]:
         """The tokens of a candidate where the chat template puts it."""

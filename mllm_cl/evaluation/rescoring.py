@@ -17,6 +17,7 @@ from mllm_cl.evaluation.scorers import BENCHMARK_SCORERS, CHOICE_LIKELIHOOD
 from mllm_cl.evaluation.scoring import Scored, score_answers
 
 PREDICTIONS = "predictions.jsonl"
+_KINDS = {str: "a text", list: "a list of accepted answers", dict: "names and values"}
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,15 @@ def read_predictions(path: Path) -> Predictions:
     """Reads one file of predictions.
 
     Raises:
-        EvaluationError: a line is broken or lacks `id`, `prediction` or `references`, or an id comes twice.
+        EvaluationError: the file cannot be read, a line is broken, lacks `id`, `prediction` or `references` or has
+            something else in their place, or an id comes twice.
     """
     lines: list[Mapping[str, Any]] = []
     seen: set[str] = set()
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"{path}: cannot be read ({error}).", expected="JSON lines in UTF-8") from error
     for number, line in enumerate(text.split("\n"), start=1):  # answers may hold other separators, such as U+2028
         if not line:
             continue
@@ -70,9 +75,15 @@ def read_predictions(path: Path) -> Predictions:
         ]
         if missing:
             raise EvaluationError(f"{path}, line {number}: lacks {', '.join(missing)}.", fix="evaluate again.")
-        if content["id"] in seen:
-            raise EvaluationError(f"{path}, line {number}: the id {content['id']!r} came before.", fix="remove one.")
-        seen.add(content["id"])
+        for key, kind in (("prediction", str), ("references", list), ("fields", dict)):
+            if not isinstance(content.get(key, kind()), kind):
+                raise EvaluationError(
+                    f"{path}, line {number}: {key} is {content[key]!r}.", expected=_KINDS[kind], fix="evaluate again."
+                )
+        name = str(content["id"])
+        if name in seen:
+            raise EvaluationError(f"{path}, line {number}: the id {name!r} came before.", fix="remove one.")
+        seen.add(name)
         lines.append(content)
     if not lines:
         raise EvaluationError(f"{path}: is empty.", fix="evaluate again.")

@@ -15,7 +15,7 @@ import functools
 import hashlib
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from mllm_cl.models.parts import part_names
 
 MOST_BYTES = 512 * 2**20
 _ACCESSOR = "get_image_features"
+_NOTES_HIDDEN_STATES = "transformers.utils.output_capturing"
 _PLAIN = {"last_hidden_state", "pooler_output", "hidden_states", "attentions"}
 
 
@@ -40,10 +41,14 @@ def untouched(model: nn.Module) -> bool:
     return bool(modules) and not any(
         isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
         or is_parametrized(module)
-        or module._forward_hooks
-        or module._forward_pre_hooks
+        or any(_may_change(hook) for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))
         for module in modules
     )
+
+
+def _may_change(hook: Callable[..., Any]) -> bool:
+    """Whether a hook is any but the one that transformers leaves on a tower to note its hidden states."""
+    return getattr(hook, "__module__", None) != _NOTES_HIDDEN_STATES
 
 
 class VisionFeatures:

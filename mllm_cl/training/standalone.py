@@ -1,7 +1,7 @@
 """Measures checkpoints on some tasks, outside of a run: what `mllm-cl evaluate` calls.
 
-The task is the outer loop and the checkpoint the inner one: the rows of a task are read once, and checkpoints of one
-base model are adapters that are switched in place.
+The task is the outer loop and the checkpoint the inner one: the rows of a task are read, decoded and tokenised once, and
+checkpoints of one base model are adapters that are switched in place (`evaluation/prepared.py` has the bounds).
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from mllm_cl.data.builders import BENCHMARKS
 from mllm_cl.data.rows import Row
 from mllm_cl.errors import EvaluationError, RunError, suggest
 from mllm_cl.evaluation.cell import CellResult, cell_key, evaluate_cell
-from mllm_cl.evaluation.engine import GenerationSettings
-from mllm_cl.evaluation.scorers import BENCHMARK_SCORERS, find_metric
+from mllm_cl.evaluation.engine import GenerationSettings, planned
+from mllm_cl.evaluation.prepared import Prepared
+from mllm_cl.evaluation.scorers import BENCHMARK_SCORERS, PROFILES, find_metric
 from mllm_cl.recipe import Recipe
 from mllm_cl.streams import Stream, arrange, load_benchmark, load_stream, stream_of_section
 from mllm_cl.streams.fingerprint import digest_rows
@@ -123,7 +124,8 @@ def choose_rows(
                 )
         chosen.append(Measured(name, rows, None if predict_only else metric, longest, name in own))
         if not len(rows):
-            raise EvaluationError(f"{name}: has no {split} rows.", fix="measure another split.")
+            fix = f"choose a smaller --offset than {offset}." if offset else "measure another split."
+            raise EvaluationError(f"{name}: has no {split} rows{' left' if offset else ''}.", fix=fix)
     return chosen
 
 
@@ -134,6 +136,8 @@ def with_profile(metric: str, profile: str | None) -> str:
         EvaluationError: no such metric, or the benchmark lacks the profile.
     """
     benchmark = metric.partition(":")[0]
+    if profile not in (None, *PROFILES):
+        raise EvaluationError(f"there is no profile {profile!r}.", expected=suggest(profile, PROFILES))
     if profile is not None and benchmark in BENCHMARK_SCORERS:
         metric = f"{benchmark}:{profile}"
     find_metric(metric)
@@ -182,6 +186,7 @@ def measure(
         for item in chosen:
             digest = digest_rows(item.rows)
             own = replace(settings or GenerationSettings(), max_new_tokens=item.max_new_tokens)
+            shared = _shared(loaded, item.rows, own)
             for name, checkpoint in zip(group, loaded):
                 checkpoint.activate()
                 place = output / item.name if len(checkpoints) == 1 else output / name / item.name
@@ -201,6 +206,7 @@ def measure(
                             advance=advance,
                             allow_failures=allow_failures,
                             answers=checkpoint.answers,
+                            prepared=shared,
                         )
                     except EvaluationError as error:
                         failures.append(Failure(name, item.name, str(error)))
@@ -208,6 +214,14 @@ def measure(
                 results.append(result)
         del loaded
     return Measurement(results, failures)
+
+
+def _shared(loaded: Sequence[Checkpoint], rows: Sequence[Row], settings: GenerationSettings) -> Prepared | None:
+    """What checkpoints of one model that answer through it can share for these rows."""
+    first = loaded[0]
+    if len(loaded) == 1 or any(one.answers is not None or one.model is not first.model for one in loaded):
+        return None
+    return Prepared(first.model, planned(first.processor, rows, settings))
 
 
 def _groups(checkpoints: Mapping[str, Found]) -> list[list[str]]:

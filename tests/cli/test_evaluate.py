@@ -145,6 +145,11 @@ def test_model_args_name_the_checkpoint(
     [
         (("--gen_kwargs", "num_beam=2"), "did you mean 'num_beams'?"),
         (("--gen_kwargs", "num_beams=two"), "is no int"),
+        (("--gen_kwargs", "num_beams=0"), "num_beams=0 has to be at least 1"),
+        (("--gen_kwargs", "max_new_tokens=0"), "max_new_tokens=0 has to be at least 1"),
+        (("--gen_kwargs", "do_sample=true,top_p=2"), "top_p=2 has to be between 0 and 1"),
+        (("--profile", "lava"), "there is no profile 'lava'"),
+        (("--offset", "100"), "choose a smaller --offset than 100"),
         (("--limit", "1.5"), "neither a number of rows nor a share"),
         (("--model", "sglang"), "'sglang' is not known; `hf` and `vllm` are"),
         (("--num_fewshot", "3"), "only 0 is possible"),
@@ -160,6 +165,20 @@ def test_model_args_name_the_checkpoint(
 def test_flags_that_cannot_be(evaluate: Call, fixture_folder: Path, more: tuple[str, ...], message: str) -> None:
     outcome = evaluate(fixture_folder, *more, tasks="same", code=2)
     assert message in " ".join(outcome.err.replace("│", " ").split())
+
+
+def test_scores_are_written_when_all_could_be_computed(call: Call, tmp_path: Path) -> None:
+    line = {"id": "a", "prediction": "x", "references": ["x"]}
+    for name, content in (("good", line), ("bad", {**line, "prediction": None})):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "predictions.jsonl").write_text(json.dumps(content) + "\n", encoding="utf-8")
+    flags = ("--metric", "exact_match", "--output_path", tmp_path / "out")
+    outcome = call("evaluate", "score", tmp_path / "good", tmp_path / "bad", *flags)
+    assert outcome.code == 2
+    assert "line 1: prediction is None" in outcome.err
+    assert not (tmp_path / "out").exists()
+    assert call("evaluate", "score", tmp_path / "good", *flags).code == 0
+    assert [path.name for path in (tmp_path / "out").rglob("*.json")] == ["exact_match-strict-2.json"]
 
 
 def test_the_likeliest_choice_has_its_own_name(evaluate: Call, fixture_folder: Path, tmp_path: Path) -> None:

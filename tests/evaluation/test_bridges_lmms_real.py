@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -76,7 +77,6 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_our_command_runs_lmms_eval(
     tasks: Path, fixture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mllm_cl.data.rows import user_message
     from mllm_cl.evaluation.engine import GenerationSettings, generate
     from mllm_cl.models.load import load_model
 
@@ -95,16 +95,112 @@ def test_our_command_runs_lmms_eval(
     assert content["scorer"].endswith("/local_colours/0.5")
     lines = [json.loads(line) for line in (place / "predictions.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
     model, processor = load_model(str(fixture_folder), dtype="float32")
-    docs = [json.loads(line) for line in (tasks / "rows.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
-    rows = [
-        {"id": doc["answer"], "messages": [user_message(doc["question"], 1)], "images": [Image.open(doc["picture"])]}
-        for doc in docs
-    ]
     options = (("stop_strings", ("\n\n",)),)
-    own = generate(model, processor, rows, GenerationSettings(3, options=options))  # type: ignore[arg-type]
+    rows: Any = rows_of(tasks)
+    own = generate(model, processor, rows, GenerationSettings(3, options=options))
     assert [line["prediction"] for line in lines] == [answer.strip() for answer in own]
     assert [line["references"] for line in lines] == [["red"], ["blue"], ["grey"]]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["lmms-local_colours"]
+
+
+def rows_of(tasks: Path) -> list[dict[str, Any]]:
+    """The rows of the task as our engine takes them."""
+    from mllm_cl.data.rows import user_message
+
+    docs = [json.loads(line) for line in (tasks / "rows.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    return [
+        {"id": doc["answer"], "messages": [user_message(doc["question"], 1)], "images": [Image.open(doc["picture"])]}
+        for doc in docs
+    ]
+
+
+def plain_adapter(base: Path, folder: Path) -> Path:
+    """A LoRA folder as PEFT writes it, with random factors that change every answer."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from mllm_cl.models.load import load_model
+
+    model, _ = load_model(str(base), dtype="float32")
+    peft = get_peft_model(model, LoraConfig(r=4, target_modules=r".*language_model.*(q_proj|v_proj|up_proj)"))
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+    peft.save_pretrained(folder)
+    return folder
+
+
+def routed_stage(base: Path, tasks: Path, folder: Path) -> Path:
+    """The second stage of a run whose method chooses one of two adapters for every row."""
+    own = []
+    for name, question, answers in (
+        ("colour", "What colour is this?", {"red": "red", "blue": "blue"}),
+        ("warm", "Is this warm?", {"red": "yes", "blue": "no"}),
+    ):
+        turns = [
+            {
+                "id": f"{name}-{number}",
+                "image": f"{picture}.png",
+                "conversations": [
+                    {"from": "human", "value": f"<image>\n{question}"},
+                    {"from": "gpt", "value": answers[picture]},
+                ],
+            }
+            for number, picture in enumerate(["red", "blue"] * 4)
+        ]
+        folder.mkdir(exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(turns), encoding="utf-8")
+        files = {"train": f"{name}.json", "test": f"{name}.json"}
+        own.append({"name": name, "image_folder": str(tasks), "metric": "exact_match", **files})
+    (folder / "stream.yaml").write_text(json.dumps({"name": "two", "tasks": own}), encoding="utf-8")
+    recipe = {
+        "name": "routed",
+        "output_dir": str(folder / "run"),
+        "model": {"name_or_path": str(base), "lora": {"r": 2, "lora_alpha": 4}},
+        "stream": {"path": str(folder / "stream.yaml")},
+        "methods": [{"task_adapters": {"samples": 4, "reject": None}}],
+        "training": {"learning_rate": 5.0e-2, "num_train_epochs": 4, "per_device_train_batch_size": 4},
+        "evaluation": {"max_new_tokens": 2, "batch_size": 4, "stage_zero": False},
+    }
+    (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
+    result = CliRunner().invoke(app, ["run", str(folder / "recipe.yaml")])
+    assert result.exit_code == 0, result.output
+    return folder / "run" / "stages" / "02-warm"
+
+
+@pytest.mark.parametrize("kind", ["adapter", "routed"])
+def test_lmms_eval_measures_adapters(
+    kind: str, tasks: Path, fixture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A LoRA folder, and a stage with several adapters and a router: the answers are those of our own engine."""
+    from mllm_cl.evaluation.engine import GenerationSettings, generate
+    from mllm_cl.models.load import load_model
+    from mllm_cl.training.checkpoint_loading import find_checkpoint, load_checkpoint
+
+    place = (
+        plain_adapter(fixture_folder, tmp_path / "lora")
+        if kind == "adapter"
+        else routed_stage(fixture_folder, tasks, tmp_path / "routed")
+    )
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    args = ["evaluate", place, "--tasks", "lmms:local_colours", "--include_path", tasks, "--device", "cpu"]
+    result = CliRunner().invoke(app, [str(arg) for arg in [*args, "--output_path", tmp_path / "out"]])
+    assert result.exit_code == 0, result.output
+    written = tmp_path / "out" / "lmms-local_colours"
+    lines = [json.loads(line) for line in (written / "predictions.jsonl").read_text(encoding="utf-8").split("\n")[:-1]]
+    checkpoint = load_checkpoint(find_checkpoint(str(place)))
+    checkpoint.activate()
+    settings = GenerationSettings(3, options=(("stop_strings", ("\n\n",)),))
+    rows: Any = rows_of(tasks)
+    own = generate(checkpoint.model, checkpoint.processor, rows, settings, checkpoint.route(None))
+    assert [line["prediction"] for line in lines] == [answer.strip() for answer in own]
+    base, processor = load_model(str(fixture_folder), dtype="float32")
+    assert own != generate(base, processor, rows, settings)
+    content = json.loads((written / "result.json").read_text(encoding="utf-8"))
+    assert content["provenance"]["model"]["weights"] == checkpoint.weights
+    assert content["stage"] == place.name
 
 
 def test_their_command_finds_our_model(tasks: Path, fixture_folder: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def answered(monkeypatch):
     """Answers without a model (the reversed id), and the ids that were asked."""
     asked: list[str] = []
 
-    def fake(model, processor, rows, batches, settings, route=None, engine_type=None):
+    def fake(model, processor, rows, batches, settings, route=None, engine_type=None, prepared=None):
         for batch in batches:
             asked.extend(rows[index]["id"] for index in batch)
             yield batch, [f"{rows[index]['id'][::-1]}\u2028\x85{model or ''}" for index in batch]
@@ -187,7 +187,7 @@ def failing(monkeypatch, answered):
     """Answers, but not to the ids in the set that is returned."""
     whole, wrong = cell.generate_batches, set()
 
-    def some(model, processor, rows, batches, settings, route=None, engine_type=None):
+    def some(model, processor, rows, batches, settings, route=None, engine_type=None, prepared=None):
         assert settings.keep_going
         for batch, texts in whole(model, processor, rows, batches, settings, route):
             ids = [rows[index]["id"] for index in batch]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mllm_cl.evaluation.scorers import get_scorer
+from mllm_cl.evaluation.scorers.caption_text import tokenise
 
 CHOICES = ["a cat", "a dog", "a bird"]
 BOX = [[0.1, 0.2, 0.5, 0.6]]
@@ -99,3 +100,42 @@ def test_halves_and_repetitions() -> None:
     captions = get_scorer("captions")(["a dog runs"] * 2, [["a dog runs"] * 5] * 2)
     assert captions["CIDEr"] == 0.0  # in every image's references: no word says anything about an image
     assert captions["ROUGE_L"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "precision", "right"),
+    [
+        *[("1e2", "100", None, 1), ("1.6", "2", None, 1), ("1.449", "1.45", 2, 1), ("1.449", "1.45", None, 0)],
+        *[("inf", "inf", None, 0), ("x", "None", 1, 1), ("x", "0", 1, 0)],
+    ],
+)
+def test_mathvista_as_lmms_eval(answer: str, reference: str, precision: object, right: float) -> None:
+    fields = {"question_type": "free_form", "answer_type": "float", "precision": precision}
+    assert get_scorer("mathvista_normalise")(answer, [reference], **fields) == right
+
+
+@pytest.mark.parametrize(
+    ("caption", "words"),
+    [  # from CoreNLP 3.4.1 with `-lowerCase`, as pycocoevalcap 1.2 calls it, punctuation dropped
+        ("It is vitamin C.", "it is vitamin c."),
+        ("Plan b. The dog", "plan b the dog"),
+        ("Plan b. Dogs run", "plan b. dogs run"),
+        ("J. Smith and I.", "j. smith and i."),
+        ("a type-a.", "a type-a"),
+        ("a cat..", "a cat"),
+        ("a cat .....", "a cat"),
+        ("Mr.. 3..5", "mr. 3 .5"),
+        ("a 5'10\" man, 5¢, ½ cup", "a 5 10 man 5 cents 1/2 cup"),
+        ("@user C++ <tag> 'cause", "@user c++ <tag> 'cause"),
+        ("a cat \U0001f600 here", "a cat here"),
+    ],
+)
+def test_captions_with_odd_marks(caption: str, words: str) -> None:
+    assert " ".join(tokenise(caption)) == words
+
+
+def test_an_empty_caption_equals_an_empty_reference_for_coco_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mllm_cl.evaluation.scorers.meteor.meteor_available", lambda: False)
+    given = (["", "a dog"], [[".", "a cat"], ["a dog"]])
+    assert get_scorer("coco_caption")(*given)["ROUGE_L"] == 1.0
+    assert get_scorer("captions")(*given)["ROUGE_L"] == 0.5

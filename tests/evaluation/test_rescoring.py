@@ -25,7 +25,7 @@ def written(loaded, make_row, monkeypatch, tmp_path):
         row["images"] = rows[-1]["images"] if number % 2 else row["images"]
         rows.append({**row, "choices": ["a", "b"], "odd": object()})
 
-    def answers(model, processor, rows, batches, settings, route=None, engine_type=None):
+    def answers(model, processor, rows, batches, settings, route=None, engine_type=None, prepared=None):
         for batch in batches:
             yield batch, [("Yes.", "nope", "No", "no\u2028")[index % 4] for index in batch]
 
@@ -91,10 +91,17 @@ def test_broken_predictions_are_named(written, tmp_path):
         ([*lines, "{"], "line 9: not valid JSON"),
         ([*lines, '{"id": "x"}'], "line 9: lacks prediction, references"),
         ([], "is empty"),
+        (['{"id": 1, "prediction": 5, "references": []}'], "line 1: prediction is 5"),
+        (['{"id": 1, "prediction": "x", "references": "x"}'], "line 1: references is 'x'"),
+        (['{"id": 1, "prediction": "x", "references": [], "fields": 3}'], "line 1: fields is 3"),
+        (['{"id": 1, "prediction": "x", "references": []}'] * 2, "line 2: the id '1' came before"),
     ]:
         path.write_text("\n".join(broken), encoding="utf-8")
         with pytest.raises(EvaluationError, match=message):
             read_predictions(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(EvaluationError, match="cannot be read"):
+        read_predictions(path)
     with pytest.raises(EvaluationError, match=r"holds no predictions.jsonl"):
         find_predictions(tmp_path / "nothing")
 

@@ -294,6 +294,7 @@ def test_a_metric_scores():
     with pytest.raises(EvaluationError, match="reads an answer but does not score it"):
         find_metric("evalai_processor")
     assert scorer_identity("gqa:llava") == "gqa_llava/llava/1"
+    assert scorer_identity("caption") == "captions/strict/2/ptb-regex/2"
     assert scorer_identity("exact_match") != scorer_identity("exact_match_strict")
 
 

@@ -29,6 +29,7 @@ from mllm_cl.evaluation.scorers import (
     yesno,
 )
 from mllm_cl.evaluation.scorers import captions as caption_scorers
+from mllm_cl.evaluation.scorers.caption_text import TOKENISER
 from mllm_cl.evaluation.scorers.exact_match import exact_match, exact_match_strict
 from mllm_cl.evaluation.scorers.profiles import BENCHMARK_SCORERS, PROFILES
 from mllm_cl.evaluation.scorers.tally import Aggregate
@@ -90,10 +91,10 @@ SCORERS: dict[str, ScorerEntry] = {
     "pope_strict": _E(_A(yesno.pope, "f1"), "POPE; neither yes nor no is wrong", kind="aggregate", version=2),
     "mme_strict": _E(_A(yesno.mme, "share"), "share of MME's points; first word yes or no", kind="aggregate", version=2),
     "mmbench_strict": _E(_A(circular.mmbench_strict, "circular"), "right under all rotations", kind="aggregate"),
-    "captions": _E(_A(caption_scorers.captions, "CIDEr"), "CIDEr, with BLEU and ROUGE-L", "strict", "aggregate"),
-    "cider": _E(_A(caption_scorers.captions, "CIDEr", single=True), "CIDEr-D", kind="aggregate"),
-    "bleu_4": _E(_A(caption_scorers.captions, "Bleu_4", single=True), "corpus BLEU-4", kind="aggregate"),
-    "rouge_l": _E(caption_scorers.rouge_l_score, "ROUGE-L with beta 1.2, best reference"),
+    "captions": _E(_A(caption_scorers.captions, "CIDEr"), "CIDEr, with BLEU and ROUGE-L", kind="aggregate", version=2),
+    "cider": _E(_A(caption_scorers.captions, "CIDEr", single=True), "CIDEr-D", kind="aggregate", version=2),
+    "bleu_4": _E(_A(caption_scorers.captions, "Bleu_4", single=True), "corpus BLEU-4", kind="aggregate", version=2),
+    "rouge_l": _E(caption_scorers.rouge_l_score, "ROUGE-L with beta 1.2, best reference", version=2),
     # VQA
     "vqav2_official": _E(vqa.vqav2_official, "VQA accuracy of the official evaluator", "official"),
     "vqav2_lmms_eval": _E(vqa.vqav2_lmms_eval, "VQA accuracy of lmms-eval", "lmms_eval"),
@@ -107,7 +108,7 @@ SCORERS: dict[str, ScorerEntry] = {
     "gqa_lmms_eval": _E(text.gqa_lmms_eval, "equal in lower case without punctuation", "lmms_eval"),
     "anls": _E(text.anls, "edit similarity, 0 below one half", "lmms_eval"),
     "chartqa_relaxed": _E(numbers.chartqa_relaxed, "numbers within 5 %, else equal", "lmms_eval"),
-    "mathvista_normalise": _E(numbers.mathvista_normalise, "equal once normalised", "lmms_eval"),
+    "mathvista_normalise": _E(numbers.mathvista_normalise, "equal once normalised", "lmms_eval", version=2),
     "ocrbench": _E(text.ocrbench, "the reference is part of the answer", "lmms_eval"),
     "ocrbench_mcitlib": _E(text.ocrbench_mcitlib, "the reference is part of the answer", "mllm_cl"),
     # multiple choice
@@ -150,16 +151,21 @@ SCORERS: dict[str, ScorerEntry] = {
     "sari": _E(overlap.sari, "words added, kept and deleted against the text that was simplified", "trace"),
     "mif": _E(format_following.mif, "the answer has the form that was asked for", "smolora"),
     # captions
-    "coco_caption": _E(_A(caption_scorers.coco_caption, "CIDEr"), "seven caption metrics", "official", "aggregate"),
+    "coco_caption": _E(_A(caption_scorers.coco_caption, "CIDEr"), "seven caption metrics", "official", "aggregate", 2),
     "ucit_caption": _E(
         _A(caption_scorers.coco_caption, "average_percent"),
         "their mean, in percent",
         "ucit",
         "aggregate",
+        2,
         scale=1.0,
         needs_java=True,
     ),
 }  # fmt: skip
+
+
+CAPTIONS = frozenset({"captions", "cider", "bleu_4", "rouge_l", "coco_caption", "ucit_caption"})
+"""Scorers of words, whose scores depend on the tokeniser too."""
 
 
 def _each_own(names: str) -> Scorer:
@@ -254,9 +260,13 @@ def find_metric(name: str) -> tuple[str, ScorerEntry]:
 
 
 def scorer_identity(name: str) -> str:
-    """Returns name, profile and version of a metric: what a score depends on besides answers and references."""
+    """Returns name, profile and version of a metric: what a score depends on besides answers and references.
+
+    That of captions also names the tokeniser, as in `captions/strict/2/ptb-regex/2`.
+    """
     plain, entry = find_metric(name)
-    return f"{plain}/{entry.profile}/{entry.version}"
+    words = f"/{TOKENISER}" if plain in CAPTIONS else ""
+    return f"{plain}/{entry.profile}/{entry.version}{words}"
 
 
 __all__ = [

@@ -124,8 +124,9 @@ def _caption_tally(with_meteor: bool) -> Callable[..., Tally]:
         captions = [tokenise(caption) for caption in prediction]
         groups = [[tokenise(reference) for reference in accepted(group)] for group in references]
         per_row = cider(captions, groups)
+        blank = [""] if with_meteor else []  # pycocoevalcap's ROUGE-L finds a word in nothing: it splits at blanks
         lines = [
-            [*bleu_statistics(words, group), rouge_l(words, group), score, 1.0]
+            [*bleu_statistics(words, group), rouge_l(words or blank, [own or blank for own in group]), score, 1.0]
             for words, group, score in zip(captions, groups, per_row)
         ]
         found = meteor(captions, groups) if with_meteor else None

@@ -79,11 +79,10 @@ def mathvista_normalise(
     """MathVista as lmms-eval compares an answer that has been extracted already.
 
     Multiple choice: the letter's option, or the option with the smallest edit distance, whatever was said. Integer:
-    truncated. Float: rounded to `precision` digits.
+    truncated. Float: rounded to `precision` digits, to a whole number where there is none. What cannot be read so is
+    the text `None`.
     """
-    answer = _mathvista_form(prediction, choices, question_type, answer_type, precision)
-    if answer is None:
-        return 0.0
+    answer = str(_mathvista_form(prediction, choices, question_type, answer_type, precision))
     return float(any(answer.strip() == reference.strip() for reference in accepted(references)))
 
 
@@ -140,7 +139,9 @@ def _mathvista_form(
         return str(int(value)) if value is not None and math.isfinite(value) else None
     if answer_type == "float":
         value, digits = number(extracted), _digits(precision)
-        return str(round(value, digits)) if value is not None and digits is not None else None
+        if value is None or (digits is None and (precision is not None or not math.isfinite(value))):
+            return None
+        return str(round(value, digits))
     return extracted
 
 
