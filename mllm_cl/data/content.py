@@ -11,6 +11,7 @@ import binascii
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ from mllm_cl.data.rows import text_block
 PLACEHOLDER = "<image>"
 _IMAGE_TYPES = ("image", "image_url", "input_image")
 _ID_KEYS = ("id", "question_id")
+# Columns that hold the image in some data sets, and files that show that this one does.
+_LOOKS_LIKE_IMAGE = re.compile(r"(image|img|picture|photo|pic)s?(_?(path|file|name|filename|file_name)s?)?|file_?name")
+_IMAGE_FILE = re.compile(r".+\.(png|jpe?g|webp|bmp|gif|tiff?)", re.IGNORECASE)
+_PATH_TAG = re.compile(r"<img>\s*([^<>]+?)\s*</img>")
 
 
 def type_name(value: Any) -> str:
@@ -92,6 +97,7 @@ def content_blocks(content: Any, role: str, key: str) -> tuple[list[dict[str, An
         RowError: the content is neither a text nor a list of blocks, or an image stands outside a user turn.
     """
     if isinstance(content, str):
+        _refuse_path_tag(content, key)
         blocks, inline = (split_placeholders(content) if role == "user" else [text_block(content)]), []
     elif isinstance(content, (list, tuple)):
         blocks, inline = _typed_blocks(content, key, role)
@@ -105,6 +111,17 @@ def content_blocks(content: Any, role: str, key: str) -> tuple[list[dict[str, An
             fix="move the image to a user turn, or spell the text without `<image>`.",
         )
     return blocks, inline
+
+
+def _refuse_path_tag(text: str, key: str) -> None:
+    found = _PATH_TAG.search(text)
+    if found and _IMAGE_FILE.fullmatch(found.group(1)):
+        raise RowError(
+            f"`{key}` names an image in the text: {found.group()[:80]!r}.",
+            kind="placeholders",
+            expected="`<image>` in the text and the path in `images`",
+            fix="replace the tag by `<image>`, and add the path to `images`.",
+        )
 
 
 def _typed_blocks(content: Sequence[Any], key: str, role: str) -> tuple[list[dict[str, Any]], list[Any]]:
@@ -153,6 +170,26 @@ def image_references(raw: Mapping[str, Any], root: str) -> list[Any]:
             values = value if isinstance(value, (list, tuple)) else [value]
             return [resolve_image(item, root, key) for item in values]
     return []
+
+
+def check_no_image_left(raw: Mapping[str, Any]) -> None:
+    """Refuses a row without images that has one under a name we do not read: it would silently become a text-only row.
+
+    Raises:
+        RowError: a column such as `image_path` or `img` holds an image file or embedded bytes.
+    """
+    for key, value in raw.items():
+        if not isinstance(key, str) or not _LOOKS_LIKE_IMAGE.fullmatch(key.casefold()):
+            continue
+        first = value[0] if isinstance(value, (list, tuple)) and value else value
+        is_embedded = isinstance(first, Mapping) and first.get("bytes") is not None
+        if is_embedded or (isinstance(first, str) and _IMAGE_FILE.fullmatch(first)):
+            raise RowError(
+                f"the row has no `image` or `images`, but `{key}` looks like one.",
+                kind="missing_key",
+                expected="images under `image` or `images`",
+                fix=f"rename `{key}`, or add `columns: {{{key}: image}}` to the task in the stream file.",
+            )
 
 
 def resolve_image(reference: Any, root: str, key: str) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 from mllm_cl.data.content import (
     answer_text,
     answer_texts,
+    check_no_image_left,
     content_blocks,
     image_references,
     is_missing,
@@ -40,7 +41,10 @@ _ROLES = {
     "bing": "assistant",
     "bard": "assistant",
 }
-_QUESTION_KEYS = ("query", "question")
+# ms-swift's names of a question and of its answer (ResponsePreprocessor); `answer` and `answers` are read everywhere.
+_QUESTION_KEYS = ("query", "question", "prompt", "instruction", "problem", "input")
+_RESPONSE_KEYS = ("response", "output", "solution", "target", "targets", "completion", "answer_key")
+_SYSTEM_KEYS = ("system", "system_prompt")
 _PAIR_KEYS = ("conversation", "texts")
 
 
@@ -110,11 +114,12 @@ def _check_weight(turn: Mapping[str, Any], key: str) -> None:
 
 
 def _conversation_turns(raw: Mapping[str, Any], format: str, roles: Mapping[str, str]) -> Iterator[Turn]:
-    conversation = _required(raw, "conversations", format)
+    name = "conversation" if raw.get("conversations") is None and "conversation" in raw else "conversations"
+    conversation = _required(raw, name, format)
     yield from _system_turn(raw, conversation)
-    for number, turn in enumerate(_records(conversation, "conversations")):
-        _check_weight(turn, f"conversations[{number}]")
-        key = f"conversations[{number}]"
+    for number, turn in enumerate(_records(conversation, name)):
+        key = f"{name}[{number}]"
+        _check_weight(turn, key)
         role, text = (turn.get("from", turn.get("role")), turn.get("value", turn.get("content")))
         if role is None or text is None:
             raise RowError(
@@ -138,7 +143,7 @@ def _message_turns(value: Any, key: str) -> Iterator[Turn]:
     for number, turn in enumerate(_records(value, key)):
         place = f"{key}[{number}]"
         _check_weight(turn, place)
-        yield _role(turn.get("role"), place, _ROLES), turn.get("content"), place
+        yield _role(turn.get("role", turn.get("from")), place, _ROLES), turn.get("content", turn.get("value")), place
 
 
 def _messages_turns(raw: Mapping[str, Any]) -> Iterator[Turn]:
@@ -173,9 +178,12 @@ def _llava_test_turns(raw: Mapping[str, Any]) -> Iterator[Turn]:
 
 def _query_turns(raw: Mapping[str, Any]) -> Iterator[Turn]:
     question = next((key for key in _QUESTION_KEYS if not is_missing(raw.get(key))), None)
-    yield from _framed_turns(raw, _required(raw, question or "query", "query_response"), question or "query")
-    if not is_missing(raw.get("response")):
-        yield "assistant", answer_text(raw["response"], "response"), "response"
+    system = next((raw[key] for key in _SYSTEM_KEYS if not is_missing(raw.get(key))), None)
+    text = _required(raw, question or "query", "query_response")
+    yield from _framed_turns({**raw, "system": system}, text, question or "query")
+    response = next((key for key in _RESPONSE_KEYS if not is_missing(raw.get(key))), None)
+    if response is not None and (response == "response" or not answer_texts(raw)):
+        yield "assistant", answer_text(raw[response], response), response
 
 
 def _alpaca_turns(raw: Mapping[str, Any]) -> Iterator[Turn]:
@@ -207,14 +215,16 @@ FORMATS: dict[str, RowFormat] = {
         "`conversations` of `from` human/gpt and `value` with `<image>`, `image`", "conversations system", _llava_turns
     ),
     "llava_test": _format("`question_id`, `image`, `text`, `answer`", "text", _llava_test_turns),
-    "sharegpt": _format("`conversations` with any usual role names, `images`", "conversations system", _sharegpt_turns),
+    "sharegpt": _format(
+        "`conversations` with any usual role names, `images`", "conversations conversation system", _sharegpt_turns
+    ),
     "messages": _format("`messages` of `role` and `content` (text or blocks), `images`", "system", _messages_turns),
     "prompt_completion": _format(
         "`prompt` and `completion` (texts or lists of messages), `images`", "prompt completion", _prompt_turns
     ),
     "query_response": _format(
-        "`query` or `question`, `response` or `answer`, `images`",
-        "query question response system history",
+        "`query`, `question`, `prompt`, `problem`, ... and `response`, `answer`, `output`, `solution`, ...; `images`",
+        "query question response system system_prompt history",
         _query_turns,
     ),
     "alpaca": _format(
@@ -262,15 +272,24 @@ def detect_row_format(raw: Mapping[str, Any]) -> tuple[str, str] | None:
         keys = _first_keys(raw.get(key))
         if "assistant" in keys and {"human", "user"} & keys:
             return "turn_pairs", f"it has `{key}` of questions and answers"
+    if {"from", "value"} <= _first_keys(raw.get("conversation")):
+        return "sharegpt", "it has `conversation` of `from` and `value`"
+    others = [key for key in _RESPONSE_KEYS if key in has and key != "completion"]
+    if isinstance(raw.get("prompt"), str) and "completion" not in has and others:
+        return "query_response", f"it has `prompt` with `{others[0]}`"
     if "prompt" in has:
         return "prompt_completion", "it has `prompt`"
     if "instruction" in has and has & {"output", "input"}:
         return "alpaca", "it has `instruction` with `input` or `output`"
     if "text" in has and has & {"question_id", "answer", "answers"}:
         return "llava_test", "it has `text` with `question_id` or an answer"
-    for key in _QUESTION_KEYS:
+    for key in ("query", "question"):
         if key in has:
             return "query_response", f"it has `{key}`"
+    for key in ("instruction", "problem", "input"):
+        answers = [name for name in (*_RESPONSE_KEYS, "answer", "answers") if name in has]
+        if key in has and answers:
+            return "query_response", f"it has `{key}` with `{answers[0]}`"
     return None
 
 
@@ -316,6 +335,8 @@ def convert_row(
         inline += [resolve_image(reference, image_root, key) for reference in references]
     fill_objects(messages, raw.get("objects"))
     images = image_references(raw, image_root) or inline
+    if not images:
+        check_no_image_left(raw)
     answers = answer_texts(raw)
     is_answered = bool(messages) and messages[-1]["role"] == "assistant"
     if answers and not is_answered and messages and split == "train":

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mllm_cl.data.columns import Renamed, rename_columns
 from mllm_cl.data.content import own_id
 from mllm_cl.data.dataset_info import FILE_NAME, Described, open_described
 from mllm_cl.data.formats import FORMATS, check_format, convert_row, detect_row_format
@@ -22,7 +23,7 @@ from mllm_cl.data.rows import Origin, Row, Rows
 from mllm_cl.data.sources import JsonSource, Labels, TableSource
 from mllm_cl.errors import DataError
 
-Source = JsonSource | TableSource | Described
+Source = JsonSource | TableSource | Described | Renamed
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 _SPLIT_IN_NAME = re.compile(r"(?:^|[/_.-])(train|test|validation|valid|val|dev)(?=[/_.-]|$)")
@@ -39,6 +40,7 @@ def read_rows(
     split: str = "train",
     suffix: str | None = None,
     task: str = "task",
+    columns: Mapping[str, str] | None = None,
 ) -> Rows:
     """Returns the rows of a file, a folder or a Hub data set, converted lazily.
 
@@ -54,9 +56,10 @@ def read_rows(
             (every split but `"train"`).
         suffix (`str`, *optional*): instruction put on a line of its own after the last user turn, unless already there.
         task (`str`, defaults to `"task"`): part of the id `task/split/index` of rows that bring none.
+        columns (`dict`, *optional*): column of the file -> key that the format reads, as in `{"image_path": "image"}`.
 
     Raises:
-        DataError: nothing readable at `path`, no rows, or an unknown format.
+        DataError: nothing readable at `path`, no rows, an unknown format, or a column that no row has.
 
     Example:
 
@@ -70,6 +73,7 @@ def read_rows(
     """
     check_format(format)
     source, place, root = _open_source(path, split)
+    source = rename_columns(source, columns or {}, place)
     format, reason = _detect(source, place) if format == "auto" else (format, "as asked for")
     root = str(image_folder) if image_folder is not None else root
     return _rows_of(_Reader(source, place, format, f"{task}/{split}", split, root, suffix), reason)
@@ -90,11 +94,12 @@ def read_rows_by(
     split: str = "train",
     task: str = "task",
     suffix: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> dict[str, Rows]:
     """Returns the rows of one file in parts, found in the pass that indexes it.
 
     Args:
-        path, format, image_folder, split, suffix: as in `read_rows`.
+        path, format, image_folder, split, suffix, columns: as in `read_rows`.
         label_of (`Callable`): raw row -> name of its part, or `None` to leave it out. Rows of a part `NAME/test` or
             `NAME/validation` get `answers` as those of such a split do.
         task (`str`): part of the id of rows that bring none.
@@ -108,6 +113,7 @@ def read_rows_by(
     if isinstance(source.source if isinstance(source, Described) else source, TableSource):
         for index in range(len(source)):
             labels.add(index, source[index])
+    source = rename_columns(source, columns or {}, place)
     format, reason = _detect(source, place) if format == "auto" else (format, "as asked for")
     root = str(image_folder) if image_folder is not None else root
     parts: dict[str, Rows] = {}
@@ -172,8 +178,9 @@ def _known_id(raw: Any) -> str | None:
 
 
 def _detect(source: Source, place: str) -> tuple[str, str]:
-    if isinstance(source, Described):
-        return source.format, f"as {FILE_NAME} says"
+    described = source.source if isinstance(source, Renamed) else source
+    if isinstance(described, Described):
+        return described.format, f"as {FILE_NAME} says"
     first: RowError | None = None
     keys: list[str] = []
     for index in range(min(len(source), _SAMPLE)):
@@ -199,7 +206,9 @@ def _detect(source: Source, place: str) -> tuple[str, str]:
     )
 
 
-def _open_source(path: str | Path, split: str, labels: Labels | None = None) -> tuple[Source, str, str]:
+def _open_source(
+    path: str | Path, split: str, labels: Labels | None = None
+) -> tuple[JsonSource | TableSource | Described, str, str]:
     """Returns the source, its name for messages and the folder for relative image paths."""
     text = str(path)
     target = Path(text).expanduser()
@@ -253,7 +262,7 @@ def _missing(target: Path) -> DataError:
     return DataError(f"{target}: the file does not exist.", expected="a file, a folder or a Hub id owner/name", fix=fix)
 
 
-def _open_file(path: Path, labels: Labels | None = None) -> Source:
+def _open_file(path: Path, labels: Labels | None = None) -> JsonSource | TableSource:
     suffix = path.suffix.lower()
     if suffix in (".json", ".jsonl", ".ndjson"):
         return JsonSource(path, labels)

@@ -5,10 +5,12 @@ stream:
   transforms:
     - answer_styles: {share: 0.2}          # the data half of SEFE (arXiv 2505.02486)
     - rewrite_instructions: {share: 1.0}
+    - boxes: {tasks: [Grounding], given: square, wanted: thousand}     # see `mllm_cl.streams.boxes`
 ```
 
 Which rows change, and how, depends on the seed and the row's id alone: not on order, subset or process. Test and
-validation rows are never changed. A row with several answers (a conversation) is left as it is.
+validation rows are never changed, except by `boxes`, which rewrites references too. A row with several answers (a
+conversation) is left as it is by the first two.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from mllm_cl.data.inquiry import question_of
 from mllm_cl.data.problems import RowError
 from mllm_cl.data.rows import Row, Rows, assistant_message, message_text, text_block
 from mllm_cl.errors import StreamError, suggest
+from mllm_cl.streams.boxes import convert_boxes
 from mllm_cl.streams.making import view
 from mllm_cl.streams.statistics import answer_format
 from mllm_cl.streams.stream import Task
@@ -63,16 +66,20 @@ def transform(tasks: Sequence[Task], transforms: Sequence[Mapping[str, Any]], se
         if not isinstance(entry, Mapping) or len(entry) != 1:
             raise StreamError(f"transforms[{number}]: {entry!r} given.", expected="one `name: {options}`")
         name, options = next(iter(entry.items()))
+        if name == "boxes":
+            tasks = convert_boxes(tasks, f"transforms[{number}].boxes", **_options(convert_boxes, name, options))
+            continue
         if name not in TRANSFORMS:
-            raise StreamError(f"transforms[{number}]: unknown transform {name!r}.", expected=suggest(name, TRANSFORMS))
+            known = [*TRANSFORMS, "boxes"]
+            raise StreamError(f"transforms[{number}]: unknown transform {name!r}.", expected=suggest(name, known))
         make = TRANSFORMS[name]
         tasks = [replace(task, train=make(task, seed, f"transforms[{number}].{name}", **_options(make, name, options)))
                  for task in tasks]  # fmt: skip
     return list(tasks)
 
 
-def _options(make: Callable[..., Rows], name: str, options: Any) -> dict[str, Any]:
-    known = [key for key in make.__annotations__ if key not in ("task", "seed", "place", "return")]
+def _options(make: Callable[..., Any], name: str, options: Any) -> dict[str, Any]:
+    known = [key for key in make.__annotations__ if key not in ("task", "stream", "seed", "place", "return")]
     for key in options or {}:
         if key not in known:
             raise StreamError(f"transforms.{name}.{key}: unknown option.", expected=suggest(str(key), known))

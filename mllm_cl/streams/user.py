@@ -12,6 +12,7 @@ tasks:
     instruction_suffix: "Answer with one word."   # optional
     format: llava                         # optional; found out by default
     max_new_tokens: 16                    # optional
+    columns: {image_path: image}          # optional; columns of the files under the names that the format reads
     description: "Reading number plates"  # optional
   - name: vqa                             # one data set that becomes one task per value of a column:
     train: vqa/train.jsonl
@@ -60,6 +61,7 @@ class TaskFile(BaseModel):
     metric: str = Field("exact_match", min_length=1, description="Name of a scorer.")
     instruction_suffix: str | None = Field(None, description="Appended to the last user turn on a line of its own.")
     format: str = Field("auto", description="Row format; found out from the first rows by default.")
+    columns: dict[str, str] = Field(default_factory=dict, description="Column of the files: key that the format reads.")
     max_new_tokens: int | None = Field(None, ge=1, description="Longest answer to generate.")
     description: str = Field("", description="One line for listings.")
     split_by: str | None = Field(None, min_length=1, description="Column whose values become tasks of their own.")
@@ -200,7 +202,12 @@ def open_split(file: Path, stream: StreamFile, index: int, split: Split, image_f
     value = {"train": task.train, "validation": task.validation, "test": task.test}[split]
     if value is None:
         return {}
-    options: dict[str, Any] = {"format": task.format, "image_folder": image_folder, "suffix": task.instruction_suffix}
+    options: dict[str, Any] = {
+        "format": task.format,
+        "image_folder": image_folder,
+        "suffix": task.instruction_suffix,
+        "columns": task.columns,
+    }
     try:
         path = _locate(file, value)
         if task.split_by is None:
