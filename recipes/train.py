@@ -30,7 +30,10 @@ def main(arguments: list[str]) -> int:
     import torch
     from accelerate import PartialState
 
-    PartialState(cpu=not torch.cuda.is_available())  # before anything else can set the process group up differently
+    from mllm_cl.training.launchers import hidden_from_accelerate
+
+    with hidden_from_accelerate():
+        PartialState(cpu=not torch.cuda.is_available())  # before anything else can set the process group up differently
     try:
         _run(arguments, is_main)
     except MllmClError as error:

@@ -44,7 +44,7 @@ OPTIONAL: tuple[tuple[str, str, str], ...] = (
     (
         "deepspeed",
         "deepspeed",
-        "gathering weights under ZeRO 3 (training under ZeRO is refused: docs/compatibility.md)",
+        "training under ZeRO-1 and 2 (docs/launchers.md)",
     ),
     ("bitsandbytes", "quantization", "4-bit and 8-bit base models"),
     ("pycocoevalcap", "caption", "the caption metrics of COCO"),

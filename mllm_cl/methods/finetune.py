@@ -3,6 +3,8 @@
 Idea: train on one task after another, do nothing about forgetting.
 Formula: θ_t = SFT(θ_{t−1}, D_t).
 Stored per task: nothing but the adapter. Cost per step: 1×.
+Reference: an anchor of all works, TRACE (Wang et al. 2023, arXiv 2310.06762) among them. Fidelity: optimizer and schedule
+start anew with every task.
 Two variants that papers mix up: `model.adapters: one` continues one adapter (default), `stacked` starts a fresh one for
 every task and adds it to the consolidated adapter.
 """
@@ -17,4 +19,4 @@ class Finetune(Method):
 
     name = "finetune"
     summary = "sequential LoRA fine-tuning: the lower bound"
-    supports = frozenset({"single", "ddp", "fsdp2"})
+    supports = frozenset({"single", "ddp", "zero1", "zero2", "fsdp2"})

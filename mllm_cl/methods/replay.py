@@ -9,7 +9,8 @@ Formula: L = E_{D_t} ℓ + share/(1 − share) · E_M ℓ, realised by the mixtu
 Stored per task: (task, row id) pairs, no pixels and no texts; the rows must stay in the stream.
 Cost per step: 1×, but 1/(1 − share) as many steps; herding and surprise one forward pass over `candidates` rows per task.
 Reference: Vitter 1985; Chaudhry et al. 2019 (arXiv 1902.10486); herding, Rebuffi et al. 2017 (arXiv 1611.07725);
-surprise, SuRe (arXiv 2511.22367). Peers fill the memory with the first batches (Prism) or one rank's rows.
+surprise, SuRe (arXiv 2511.22367). Fidelity: replayed rows are shuffled into the task's, `share` of them in the mean and not in
+every batch; SuRe's slow weights are `ema`. Peers fill the memory with the first batches (Prism) or one rank's rows.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Replay(Method):
 
     name = "replay"
     summary = "rehearse stored rows of earlier tasks (reservoir, balanced, by class, herding, surprise)"
-    supports = frozenset({"single", "ddp", "fsdp2"})
+    supports = frozenset({"single", "ddp", "zero1", "zero2", "fsdp2"})
     needs = frozenset({"past_rows"})
 
     def __init__(

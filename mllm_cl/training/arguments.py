@@ -115,7 +115,8 @@ def training_arguments(section: dict[str, Any], folder: Path, seed: int) -> Trai
         RecipeError: `TrainingArguments` refuses a value.
     """
     settings: dict[str, Any] = DEFAULTS | section | {"use_cpu": runs_on_cpu(section)}
-    settings.pop("fsdp", None)  # the run shards the weights itself
+    for name in ("fsdp", "deepspeed"):
+        settings.pop(name, None)  # the run shards the weights, or makes the engine, itself
     for name in ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"):
         value = settings.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:

@@ -19,6 +19,7 @@ from mllm_cl.recipe import MethodSpec, Recipe
 from mllm_cl.streams import Stream
 from mllm_cl.training.arguments import check_training
 from mllm_cl.training.launchers import check_launcher, launcher
+from mllm_cl.training.zero import check_zero
 
 PROBE_RANK = 8
 """Stands for `model.lora.r: auto` until the model is there."""
@@ -64,6 +65,7 @@ def build_methods(recipe: Recipe) -> list[Method]:
     if recipe.model.quantization is not None:
         check_bitsandbytes(recipe.model.quantization)
     _check_launcher(methods, started)
+    check_zero(recipe, started)
     check_lora(recipe.model.with_rank(PROBE_RANK).lora)
     check_training(recipe.training)
     return methods

@@ -16,52 +16,63 @@ QUANTIZATIONS = (None, "4bit", "8bit")
 
 # Why a launcher is refused for every method. A test holds the words of docs/compatibility.md against them.
 REFUSED: dict[str, str] = {
-    "zero1": "no test has trained tasks under DeepSpeed's engine yet, and the checkpoints it writes within a task are pickles",
-    "zero2": "no test has trained tasks under DeepSpeed's engine yet, and the checkpoints it writes within a task are pickles",
     "zero3": "adapters are added, merged and evaluated between tasks, which sharded base weights do not allow yet",
 }
 QUANTIZED: dict[str, str] = {
-    "ddp": "copies of quantised weights on several processes have not been tested",
+    "zero1": "copies of quantised weights on several processes have not been tested",
+    "zero2": "copies of quantised weights on several processes have not been tested",
     "fsdp2": "weights in 4 or 8 bits are packed and cannot be cut into shards",
 }
+SHARDED = ("zero1", "zero2", "fsdp2")
+"""Launchers that lay something in shards, and so need a second process."""
 _FSDP_SWITCH = "ACCELERATE_USE_FSDP"
+_DEEPSPEED_SWITCH = "ACCELERATE_USE_DEEPSPEED"
 
 
 def launcher(training: Mapping[str, Any] | None = None) -> str:
     """Returns one of `LAUNCHERS`, from the environment that accelerate and torchrun set and the `training` section."""
     section = training or {}
-    deepspeed = section.get("deepspeed")
-    if deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        return f"zero{_zero_stage(deepspeed)}"
+    if section.get("deepspeed") or os.environ.get(_DEEPSPEED_SWITCH, "").lower() == "true":
+        return f"zero{_zero_stage(section)}"
     if section.get("fsdp") or os.environ.get(_FSDP_SWITCH, "").lower() == "true":
         return "fsdp2"
     return "ddp" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else "single"
 
 
 @contextlib.contextmanager
-def without_fsdp_of_accelerate() -> Iterator[None]:
-    """Within the context accelerate does not see that FSDP was asked for: it would shard the adapters too, anew for every
-    task, and undo nothing; `mllm_cl.models.sharding` does what is needed here."""
-    asked = os.environ.pop(_FSDP_SWITCH, None)
+def hidden_from_accelerate() -> Iterator[None]:
+    """Within the context accelerate does not see that FSDP or DeepSpeed was asked for: it would shard the adapters too, or keep
+    one engine's settings for all tasks, and undo nothing; `models/sharding.py` and `zero.py` do what is needed here."""
+    switches = (_FSDP_SWITCH, _DEEPSPEED_SWITCH)
+    asked = {name: os.environ.pop(name) for name in switches if name in os.environ}
     try:
         yield
     finally:
-        if asked is not None:
-            os.environ[_FSDP_SWITCH] = asked
+        os.environ.update(asked)
 
 
-def _zero_stage(deepspeed: Any) -> int:
-    """The stage that a DeepSpeed configuration (a mapping, a file, or accelerate's environment) asks for; 0 counts as 1."""
-    stage: Any = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)
+def deepspeed_config(training: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Returns the DeepSpeed configuration: a mapping or a file in the recipe, or the file that accelerate was given.
+
+    Raises:
+        RecipeError: the file is not there, or is no JSON.
+    """
+    deepspeed = training.get("deepspeed")
+    if isinstance(deepspeed, Mapping):
+        return deepspeed
     path = deepspeed if isinstance(deepspeed, str) else os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
-    config = deepspeed if isinstance(deepspeed, Mapping) else None
-    if config is None and path not in (None, "none"):
-        try:
-            config = json.loads(Path(str(path)).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RecipeError(
-                f"training.deepspeed: {path} cannot be read ({error}).", expected="a JSON file"
-            ) from error
+    if path in (None, "none"):
+        return None
+    try:
+        return json.loads(Path(str(path)).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"training.deepspeed: {path} cannot be read ({error}).", expected="a JSON file") from error
+
+
+def _zero_stage(training: Mapping[str, Any]) -> int:
+    """The stage that a DeepSpeed configuration, or accelerate's environment, asks for; 0 counts as 1."""
+    config = deepspeed_config(training)
+    stage: Any = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)
     if config is not None:
         stage = config.get("zero_optimization", {}).get("stage", 0)
     return max(1, int(stage)) if str(stage).isdigit() else 2
@@ -80,11 +91,11 @@ def check_launcher(started: str, quantization: str | None) -> None:
     Raises:
         RecipeError: it does not work here; the message says what does.
     """
-    if started == "fsdp2" and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if started in SHARDED and int(os.environ.get("WORLD_SIZE", "1")) < 2:
         raise RecipeError(
-            "launcher: fsdp2 was asked for, and there is one process.",
+            f"launcher: {started} was asked for, and there is one process.",
             expected="at least two: the shards lie on different processes",
-            fix="start more (torchrun --nproc_per_node 2), or leave FSDP away.",
+            fix="start more (torchrun --nproc_per_node 2), or leave it away.",
         )
     why = refusal(started, quantization)
     if why is None:
@@ -92,11 +103,11 @@ def check_launcher(started: str, quantization: str | None) -> None:
     what = (
         started if quantization is None or started in REFUSED else f"{started} with model.quantization: {quantization}"
     )
-    instead = "torchrun or recipes/accelerate/ddp.yaml" if started in REFUSED else "one process, or a float base"
+    instead = "torchrun or recipes/accelerate/ddp.yaml" if started in REFUSED else "ddp, or a float base"
     raise RecipeError(
         f"launcher: {what} does not work ({why}).",
-        expected="single, ddp or fsdp2; single when model.quantization is set",
+        expected="single, ddp or fsdp2; single or ddp when model.quantization is set",
         fix=f"start with {instead}; to save memory: training.activation_checkpointing, training.bf16, "
-        "gradient_accumulation_steps with smaller batches, model.quantization on one process. "
+        "gradient_accumulation_steps with smaller batches, model.quantization. "
         "See docs/compatibility.md.",
     )

@@ -108,6 +108,7 @@ class Learner:
         self._scratch = tempfile.TemporaryDirectory(prefix="mllm-cl-")
         self._base_key: str | None = None
         self.shards: Shards | None = None
+        self.zero: dict[str, Any] | None = None  # DeepSpeed's `zero_optimization`, if tasks get an engine
         vars(self.model.get_base_model())["_mllm_cl_learner"] = self  # found again by `Learner.of` in a user's own loop
         self._deploy()
 

@@ -42,13 +42,14 @@ from mllm_cl.training.budget import check_stored, check_trainable, fitting_rank,
 from mllm_cl.training.capabilities import PROBE_RANK, build_methods, check_stream
 from mllm_cl.training.checkpoint import last_checkpoint
 from mllm_cl.training.flops import Work
-from mllm_cl.training.launchers import launcher, without_fsdp_of_accelerate
+from mllm_cl.training.launchers import hidden_from_accelerate, launcher
 from mllm_cl.training.learner import Learner
 from mllm_cl.training.ledger import Ledger
 from mllm_cl.training.progress import Progress, Silent, StepProgress
 from mllm_cl.training.run_folder import RunFolder, environment, find_run, start_run
 from mllm_cl.training.seeds import derived_seed
 from mllm_cl.training.trainer import ContinualTrainer
+from mllm_cl.training.zero import STAGES, check_layers, zero_section
 
 COUNTED_ROWS = ("inquiry_rows", "memory_rows", "reference_rows")
 """Rows beside those of the task, as methods count them in `ctx.cost`."""
@@ -77,7 +78,7 @@ def run_stream(recipe: Recipe, progress: Progress | None = None, after_stage: Af
         check_stream(recipe, stream)
         ensure_valid(stream)
     started = launcher(recipe.training)
-    with without_fsdp_of_accelerate():
+    with hidden_from_accelerate():
         run = Run(recipe, stream, methods, progress, started)
 
         run.measure(stage=0)
@@ -106,6 +107,7 @@ class Run:
         self._check_ledger("stream_fingerprint", stream.fingerprint, "the rows of the stream")
         with progress.waiting("loading the model"):
             model, self.processor = load_from_section(recipe.model)
+        check_layers(model.config, started)
         self.base = base_fingerprint(model)
         self._check_ledger("base_fingerprint", self.base, "the weights of the base model")
         self._check_processes()
@@ -114,6 +116,7 @@ class Run:
         self.learner.model.to(self.state.device)
         if started == "fsdp2":
             self.learner.shard()
+        self.learner.zero = zero_section(recipe.training, started) if started in STAGES else None
         self.matrix = AccuracyMatrix(
             tasks=self.tasks,
             metric=[task.metric for task in stream],
@@ -134,7 +137,8 @@ class Run:
         checkpoints = self.folder.stage(name) / "checkpoints"
         with explained(checkpoints):
             checkpoints.mkdir(parents=True, exist_ok=True)
-        args = training_arguments(self.recipe.training, checkpoints, derived_seed(self.recipe.seed, "training", stage))
+        section = self.recipe.training if self.learner.zero is None else self.recipe.training | {"save_strategy": "no"}
+        args = training_arguments(section, checkpoints, derived_seed(self.recipe.seed, "training", stage))
         with Work(self.learner.model.get_base_model()) as work:  # type: ignore[arg-type]
             with self.progress.waiting(f"{name}: preparing"):
                 trainer = ContinualTrainer(args=args, task=task, stream=self.stream, learner=self.learner)

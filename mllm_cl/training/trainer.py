@@ -39,6 +39,7 @@ from mllm_cl.training.checkpoint import CheckpointedTrainer, load_tree, save_tre
 from mllm_cl.training.learner import Learner
 from mllm_cl.training.part_rates import split_groups
 from mllm_cl.training.states import load_states, save_states
+from mllm_cl.training.zero import engine_of_task
 
 COMPANION_KINDS = ("inquiry", "memory")
 CACHE = "cache"  # beside the checkpoints, and like them only while a task is learnt
@@ -148,7 +149,7 @@ class ContinualTrainer(CheckpointedTrainer):
                 expected="one trainer per task, trained once",
                 fix="make a new trainer.",
             )
-        with _given_back(self.learner.model), self.learner.sharded():
+        with _given_back(self.learner.model), self.learner.sharded(), engine_of_task(self):
             output = super().train(*args, **kwargs) if self.rows else TrainOutput(0, 0.0, {})
         self.model_wrapped = self.model
         set_seed(self.args.seed)  # the end of a task does not depend on where training was resumed
@@ -230,6 +231,8 @@ class ContinualTrainer(CheckpointedTrainer):
         self._term_count += 1
         self._totals = {"step": len(samples)}
         if self._term_methods:
+            taught = torch.stack([_taught(batch) for batch in samples]).sum().to(device)
+            self._totals["rows"] = self.accelerator.reduce(taught, reduction="sum").clamp_min(1)  # type: ignore[union-attr]
             for kind in COMPANION_KINDS:
                 own = [batch[COMPANIONS][kind] for batch in samples if kind in batch.get(COMPANIONS, {})]
                 total = torch.tensor(sum(len(batch["input_ids"]) for batch in own), device=device)
@@ -244,6 +247,7 @@ class ContinualTrainer(CheckpointedTrainer):
         else:
             shares, steps = {"step": 1 / steps}, 1
             shares["tokens"] = (inputs["labels"][:, 1:] != IGNORED).sum() / items * processes
+        shares["rows"] = _taught(inputs) / self._totals["rows"] * processes * steps
         for kind, batch in companions.items():
             shares[kind] = len(batch["input_ids"]) / self._totals[kind] * processes * steps
         return shares
@@ -336,6 +340,11 @@ def _given_back(model: PeftModel) -> Iterator[None]:
         for name in names:
             vars(model).pop(name, None)
         vars(model).update(before)
+
+
+def _taught(batch: dict[str, Any]) -> Tensor:
+    """Number of the batch's rows that have labels; those that fill it up have none."""
+    return (batch["labels"] != IGNORED).any(dim=1).sum()
 
 
 def whole_batches(rows: Sequence[Row], batch: int) -> Rows:

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from method_options import TINY
 from peft import LoraConfig
 from transformers import TrainerCallback
 
@@ -19,17 +20,6 @@ from mllm_cl.models import adapters
 from mllm_cl.models.load import base_fingerprint, load_model
 from mllm_cl.recipe import MethodSpec
 from mllm_cl.training.learner import Learner
-
-OPTIONS = {
-    "inquiry_regularization": {"ratio": 0.3},
-    "lora_null": {"samples": 2},
-    "corda": {"samples": 2},
-    "moelora": {"experts": 2},
-    "mr_lora": {"shots": 2, "epochs": 1},
-    "clmoe": {"experts": 2, "samples": 2},
-    "smolora": {"blocks": 1},
-    "branchlora": {"experts": 2, "samples": 2},
-}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +41,7 @@ def quantised(fixture_folder):
 def test_every_method_learns_on_a_quantised_base(method, kind, quantised, small_stream, train_task):
     model, processor = copy.deepcopy(quantised(kind)[0]), quantised(kind)[1]
     before = base_fingerprint(model)
-    specification = MethodSpec(name=method, options=OPTIONS.get(method, {}))
+    specification = MethodSpec(name=method, options=TINY.get(method, {}))
     learner = Learner(model, processor, [build_method(specification)], LoraConfig(r=2, lora_alpha=4))
     stream = small_stream(2, rows=4)
     for _ in stream if kind == "4bit" else [stream[0], *[stream[1]] * (method == "joint")]:  # joint learns at the end

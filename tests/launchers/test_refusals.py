@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -14,20 +15,20 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 from mllm_cl.errors import MethodError, ModelError, RecipeError
 from mllm_cl.methods import METHODS, method_class
 from mllm_cl.recipe import load_recipe
-from mllm_cl.training import capabilities
+from mllm_cl.training import capabilities, zero
 from mllm_cl.training.arguments import training_arguments
 from mllm_cl.training.capabilities import build_methods
 from mllm_cl.training.launchers import (
     LAUNCHERS,
     QUANTIZATIONS,
     REFUSED,
+    hidden_from_accelerate,
     launcher,
     refusal,
-    without_fsdp_of_accelerate,
 )
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes" / "accelerate"
-FILES = {"single": "single", "ddp": "ddp", "zero2": "zero2", "zero3": "zero3", "fsdp2": "fsdp2"}
+FILES = {"single": "single", "ddp": "ddp", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3", "fsdp2": "fsdp2"}
 
 
 def recipe(method: str = "finetune", **settings):
@@ -66,6 +67,7 @@ def test_every_cell_is_allowed_or_refused_for_every_method(monkeypatch, name, qu
     start(monkeypatch, name)
     monkeypatch.setattr(capabilities, "check_bitsandbytes", lambda kind: None)
     monkeypatch.setattr(capabilities, "check_training", lambda section: None)  # would look for the other process
+    monkeypatch.setattr(zero, "find_spec", lambda name: object())
     for method in METHODS:
         asked = recipe(method, model={"quantization": quantization})
         why = refusal(name, quantization)
@@ -101,9 +103,10 @@ def test_deepspeed_and_fsdp_in_the_recipe_are_seen(tmp_path):
         launcher({"deepspeed": str(tmp_path / "none.json")})
 
 
-def test_shards_need_a_second_process(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(RecipeError, match="there is one process"):
+@pytest.mark.parametrize(("name", "switch"), [("fsdp2", "ACCELERATE_USE_FSDP"), ("zero2", "ACCELERATE_USE_DEEPSPEED")])
+def test_shards_need_a_second_process(monkeypatch, name, switch):
+    monkeypatch.setenv(switch, "true")
+    with pytest.raises(RecipeError, match=f"{name} was asked for, and there is one process"):
         build_methods(recipe())
 
 
@@ -113,15 +116,85 @@ def test_what_is_sharded_is_not_for_the_recipe_to_say(monkeypatch):
         build_methods(recipe(training={"fsdp": True, "fsdp_config": {"fsdp_version": 2}}))
 
 
-def test_accelerate_does_not_shard_a_second_time(monkeypatch):
-    start(monkeypatch, "fsdp2")
-    with without_fsdp_of_accelerate():
-        assert "ACCELERATE_USE_FSDP" not in os.environ
-    assert launcher() == "fsdp2"
+@pytest.mark.parametrize(("name", "switch"), [("fsdp2", "ACCELERATE_USE_FSDP"), ("zero2", "ACCELERATE_USE_DEEPSPEED")])
+def test_accelerate_does_not_shard_a_second_time(monkeypatch, name, switch):
+    start(monkeypatch, name)
+    with hidden_from_accelerate():
+        assert switch not in os.environ
+    assert launcher() == name
 
 
-def test_the_trainer_does_not_hear_of_fsdp():
+def test_the_trainer_does_not_hear_of_shards():
     assert not training_arguments({"fsdp": True}, RECIPES, 0).fsdp
+    assert not training_arguments({"deepspeed": {"zero_optimization": {"stage": 2}}}, RECIPES, 0).deepspeed
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2"])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"training": {"save_steps": 10}}, "writes no checkpoints within a task"),
+        ({"training": {"save_strategy": "epoch"}}, "writes no checkpoints within a task"),
+        ({"training": {"fp16": True}}, r"training\.fp16: does not work under"),
+        ({"model": {"train_vision": True}}, r"model\.train_vision: does not work under"),
+        ({"model": {"train_bridge": True}}, r"model\.train_bridge: does not work under"),
+        ({"training": {"auto_find_batch_size": True}}, "auto_find_batch_size does not work with"),
+    ],
+)
+def test_what_does_not_go_with_an_engine_is_refused(monkeypatch, name, settings, message):
+    start(monkeypatch, name)
+    monkeypatch.setattr(zero, "find_spec", lambda name: object())
+    with pytest.raises(RecipeError, match=message) as caught:
+        build_methods(recipe(**settings))
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"optimizer": {"type": "AdamW"}}, "optimizer"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
+    ],
+)
+def test_what_deepspeeds_configuration_may_not_say(monkeypatch, config, named):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    given = {"zero_optimization": {"stage": 2}} | config
+    with pytest.raises(RecipeError, match=f"{named}: not supported"):
+        build_methods(recipe(training={"deepspeed": given}))
+
+
+def test_offloading_by_accelerate_is_refused(monkeypatch):
+    start(monkeypatch, "zero2")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
+    with pytest.raises(RecipeError, match="OFFLOAD_OPTIMIZER_DEVICE=cpu: not supported"):
+        build_methods(recipe())
+
+
+def test_the_engine_gets_the_stage_and_the_sizes(monkeypatch):
+    config = {"train_batch_size": "auto", "zero_optimization": {"stage": 1, "reduce_bucket_size": 1000}}
+    assert zero.zero_section({"deepspeed": config}, "zero1") == {"stage": 1, "reduce_bucket_size": 1000}
+    start(monkeypatch, "zero2")
+    assert zero.zero_section({}, "zero2") == {"stage": 2}
+
+
+def test_missing_deepspeed_is_refused_before_loading(monkeypatch):
+    start(monkeypatch, "zero2")
+    monkeypatch.setattr(zero, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match="DeepSpeed is not installed"):
+        build_methods(recipe())
+
+
+def test_layers_that_rows_without_images_skip_are_refused():
+    class Config:
+        cross_attention_layers: ClassVar[list[int]] = [1]
+
+        def get_text_config(self):
+            return self
+
+    zero.check_layers(Config(), "ddp")
+    with pytest.raises(ModelError, match="zero1: this model skips"):
+        zero.check_layers(Config(), "zero1")
 
 
 def test_missing_bitsandbytes_is_refused_before_loading(monkeypatch):
@@ -167,7 +240,7 @@ def test_accelerate_reads_the_shipped_configurations(name, monkeypatch):
     assert (name in REFUSED) == ("REFUSED" in (RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("name", ["ddp", "zero1", "fsdp2"])
 def test_a_budget_of_flops_is_for_one_process(monkeypatch, name):
     asked = recipe(budget={"kind": "flops", "value": 10**9})
     build_methods(asked)

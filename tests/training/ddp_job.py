@@ -21,13 +21,14 @@ import torch
 torch.set_num_threads(1)
 
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from mllm_cl.errors import MllmClError
 from mllm_cl.models.sharding import Shards
 from mllm_cl.recipe import load_recipe
 from mllm_cl.training.loop import run_stream
 from mllm_cl.training.trainer import ContinualTrainer
+
+SWITCHES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE")
 
 written: list[str] = []
 
@@ -54,6 +55,23 @@ def watch_shards() -> None:
     Shards._go_to_pieces = go_to_pieces  # type: ignore[method-assign]
 
 
+partitions: dict[str, float] = {}
+
+
+def watch_partitions(name: str) -> None:
+    """Notes what share of the trained parameters' optimizer states this process holds under DeepSpeed's engine."""
+    step = ContinualTrainer.training_step
+
+    def training_step(self: ContinualTrainer, model, *args, **kwargs):
+        if self.is_deepspeed_enabled:
+            trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+            held = sum(part.numel() for part in model.optimizer.single_partition_of_fp32_groups)
+            partitions[name] = held / trained
+        return step(self, model, *args, **kwargs)
+
+    ContinualTrainer.training_step = training_step  # type: ignore[method-assign]
+
+
 def main() -> None:
     rank = int(os.environ["RANK"])
     sys.addaudithook(watch)
@@ -71,8 +89,11 @@ def main() -> None:
                 return _step(self, *args, **kwargs)
 
             ContinualTrainer.training_step = training_step
-        os.environ.pop("ACCELERATE_USE_FSDP", None)
+        for switch in SWITCHES:
+            os.environ.pop(switch, None)
         os.environ.update(request.get("environment", {}))
+        if "ACCELERATE_USE_DEEPSPEED" in os.environ:
+            watch_partitions(request["name"])
         try:
             run_stream(load_recipe(request["recipe"]))
             outcome[request["name"]] = "done"
@@ -82,8 +103,10 @@ def main() -> None:
             outcome[request["name"]] = traceback.format_exc()
             break  # the other process waits for this one
     gc.collect()
-    wrappers = sum(isinstance(thing, DistributedDataParallel) for thing in gc.get_objects())
+    kinds = ("DistributedDataParallel", "DeepSpeedEngine", "DeepSpeedZeroOptimizer")  # DeepSpeed need not be installed
+    wrappers = sum(type(thing).__name__ in kinds for thing in gc.get_objects())
     result = {"outcome": outcome, "written": sorted(set(written)), "wrappers": wrappers, "pieces": pieces}
+    result["partitions"] = partitions
     Path(f"{sys.argv[1]}.{rank}").write_text(json.dumps(result))
 
 

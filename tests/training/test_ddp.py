@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torchrun import torchrun
 
 from mllm_cl.methods import METHODS as CATALOGUE
 from mllm_cl.methods import method_class
@@ -56,10 +54,17 @@ VARIANTS: dict[str, tuple[Any, tuple[str, ...], tuple[str, ...]]] = {
     "few inquiries": (SINGLE_INQUIRY, ("model.train_vision=true", *ONE), ("model.train_vision=true", *TWO)),
     "one image": ("lwf", ("model.train_vision=true", *ONE, "TEXT"), ("model.train_vision=true", *ACCUMULATED, "TEXT")),
 }
+VARIANTS["llava_c 4bit"] = ("llava_c", ("model.quantization=4bit", *ONE), ("model.quantization=4bit", *TWO))
 PER_COMMIT = tuple(VARIANTS)
 COVERED = {options for options, _, _ in VARIANTS.values() if isinstance(options, str)} | {"task_adapters"}
 VARIANTS |= {
     name: (name, ONE, TWO) for name in CATALOGUE if name not in COVERED and "ddp" in method_class(name).supports
+}
+VARIANTS |= {
+    f"{name} {kind}": (options, (f"model.quantization={kind}", *one), (f"model.quantization={kind}", *two))
+    for name, (options, one, two) in VARIANTS.items()
+    if isinstance(options, str) and "TEXT" not in one and not name.endswith("4bit")
+    for kind in ("4bit", "8bit")
 }
 LOOKED_AT = ("inquiry_regularization", "ewc", "replay")  # by the tests that are not about every variant
 EVERY_VARIANT = [
@@ -69,23 +74,6 @@ EVERY_VARIANT = [
 FSDP = {"ACCELERATE_USE_FSDP": "true"}  # what `accelerate launch` sets for recipes/accelerate/fsdp2.yaml
 SHARDED_TEST = "test_weights_in_shards_learn_what_whole_weights_learn"
 SHARDED = ("finetune", "replay", "spectral_consolidation")
-
-
-def torchrun(requests: list[dict[str, Any]], folder: Path, timeout: int = 900) -> tuple[int, list[dict[str, Any]], str]:
-    """Returns the exit code, what each process reports and the log."""
-    path = folder / "requests.json"
-    path.write_text(json.dumps(requests))
-    for rank in range(2):
-        Path(f"{path}.{rank}").unlink(missing_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    job = str(Path(__file__).with_name("ddp_job.py"))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, job, str(path)], capture_output=True, text=True, timeout=timeout, env=environment, check=False
-    )
-    reports = [Path(f"{path}.{rank}") for rank in range(2)]
-    read = [json.loads(report.read_text()) for report in reports if report.exists()]
-    return done.returncode, read, done.stdout[-3000:] + done.stderr[-6000:]
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +142,7 @@ def test_two_processes_learn_what_one_learns(name, both):
             if "lora_" in key and len(file.parts) == 4:
                 continue  # factors of an SVD are unique only together; their product is compared below
             # logits in half precision; eigenvectors of a near-degenerate spectrum, which magnify what two sums differ by
-            rounding = {"derpp": 1e-3, "inflora": 1e-2}.get(name, 1e-5) if "method" in file.parts else 1e-5
+            rounding = {"derpp": 1e-3, "inflora": 1e-2}.get(name.split()[0], 1e-5) if "method" in file.parts else 1e-5
             torch.testing.assert_close(
                 found[key],
                 tensor,
