@@ -19,6 +19,7 @@ METHODS: dict[str, list[Any]] = {
     "finetune": ["finetune"],
     "joint": ["joint"],
     "LLaVA-c (SAC + UIR)": ["spectral_consolidation", "inquiry_regularization"],
+    "SAC with saturate + UIR": [{"spectral_consolidation": {"rate": "saturate"}}, "inquiry_regularization"],
     "SAC with power_up + UIR": [{"spectral_consolidation": {"rate": "power_up"}}, "inquiry_regularization"],
     "replay": [{"replay": {"size": 192, "share": 0.25, "policy": "balanced"}}],
     "ModelMix": [{"spectral_consolidation": {"rate": "uniform", "strength": 0.5}}],

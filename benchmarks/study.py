@@ -6,11 +6,12 @@
     python benchmarks/study.py --output runs/study --report-only      # only the page, from the runs that exist
 
 Chapters: `pilot` (SAC variants on the same pair of checkpoints, at equal update norm), `presets` (UIR presets and
-weights), `chain` (SAC variants with UIR in the loop), `streams` (the default against the other methods on three streams,
-two orders), `pretraining` (the general mixture source by source, from a model that can only describe pictures),
-`together` (with a small replay, with per-task adapters), `spectra` (singular values of the updates).
-Choices are made on validation splits (`pilot`, `presets`, `chain`), with half of the quickstart stream's training rows;
-`streams`, `pretraining` and `together` report on test splits, with all of them.
+weights), `chain` (SAC variants with UIR in the loop), `rates` (a learning rate for each method), `streams` (the default
+against the other methods on three streams, two orders; at one learning rate and at each method's own), `pretraining` (the
+general mixture source by source, from a model that can only describe pictures), `together` (with a small replay, with
+per-task adapters), `spectra` (singular values of the updates).
+Choices are made on validation splits (`pilot`, `presets`, `chain`, `rates`), with half of the quickstart stream's
+training rows; `streams`, `pretraining` and `together` report on test splits, with all of them.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from study_pretraining import make_captioner, pretraining_jobs
 
 PAGE = ROOT / "docs" / "llava_c.md"
 SAC, UIR = "spectral_consolidation", "inquiry_regularization"
+SATURATE = {SAC: {"rate": "saturate"}}  # the default until the chain had been run
 TASKS = {
     "quickstart": ("digit-parity", "face-check", "compass", "surface-options", "coin-count", "ink-list"),
     "study-letters": ("letter-case", "vowel-check", "letter-count", "letter-side"),
@@ -42,15 +44,15 @@ HALF = {"stream": {"limit": {"train": 320, "validation": 80}}}
 SHORT = {"training": {"num_train_epochs": 1}, "stream": {"limit": {"train": 160, "validation": 40, "test": 40}}}
 
 PRESETS: dict[str, list[Any]] = {
-    "none": [SAC],
+    "none": [SATURATE],
     **{
-        preset: [SAC, {UIR: {"preset": preset}}]
+        preset: [SATURATE, {UIR: {"preset": preset}}]
         for preset in ("uir_feat", "uir_cos", "uir_kl", "uir_self", "uir_image", "uir_task", "uir_prev", "uir_memory")
     },
-    "uir_memory, weight 1": [SAC, {UIR: {"weight": 1.0}}],
-    "uir_memory, weight 4": [SAC, {UIR: {"weight": 4.0}}],
-    "uir_memory, ratio 0.5": [SAC, {UIR: {"ratio": 0.5}}],
-    "uir_memory, ratio 2": [SAC, {UIR: {"ratio": 2.0}}],
+    "uir_memory, weight 1": [SATURATE, {UIR: {"weight": 1.0}}],
+    "uir_memory, weight 4": [SATURATE, {UIR: {"weight": 4.0}}],
+    "uir_memory, ratio 0.5": [SATURATE, {UIR: {"ratio": 0.5}}],
+    "uir_memory, ratio 2": [SATURATE, {UIR: {"ratio": 2.0}}],
 }
 CHAIN: dict[str, list[Any]] = {
     "UIR alone": [UIR],
@@ -59,20 +61,29 @@ CHAIN: dict[str, list[Any]] = {
         for rate, strength in (
             *((rate, 0.9) for rate in ("uniform", "saturate", "power_down", "power_up", "wiener", "overlap")),
             *((rate, 0.7) for rate in ("uniform", "saturate", "power_up")),
+            ("uniform", 0.8),
+            ("uniform", 1.0),  # a fresh adapter per task, added as it is
         )
     },
+    "UIR + power_down 0.9, gamma 0.25": [
+        {SAC: {"rate": "power_down", "strength": 0.9, "rate_options": {"gamma": 0.25}}},
+        UIR,
+    ],
 }
 METHODS: dict[str, list[Any]] = {
     "finetune": ["finetune"],
     "joint": ["joint"],
     "single": ["single"],
     "LLaVA-c (SAC + UIR)": [SAC, UIR],
+    "LLaVA-c, SAC saturate": [SATURATE, UIR],
     "ModelMix": [{SAC: {"rate": "uniform", "strength": 0.5}}],
     "ewc": ["ewc"],
     "lwf": ["lwf"],
     "replay 1 %": [{"replay": {"size": 38, "share": 0.25, "policy": "balanced"}}],
     "replay 5 %": [{"replay": {"size": 192, "share": 0.25, "policy": "balanced"}}],
 }
+RATES = (1e-3, 2e-3, 5e-3, 1e-2)
+TUNED: dict[str, float] = {}  # methods whose best learning rate in the chapter `rates` is another than everybody's
 TOGETHER: dict[str, list[Any]] = {
     "LLaVA-c (SAC + UIR)": [SAC, UIR],
     "LLaVA-c + replay 1 %": [SAC, UIR, METHODS["replay 1 %"][0]],
@@ -110,14 +121,23 @@ def jobs_of(
     ]
 
 
+def at_rate(job: Job, rate: float) -> Job:
+    """The same run with another learning rate, which its label names."""
+    training = {**job.changes.get("training", {}), "learning_rate": rate}
+    return replace(job, label=f"{job.label}, learning rate {rate:g}", changes=job.changes | {"training": training})
+
+
 def chapters(output: Path, seeds: Sequence[int]) -> dict[str, list[Job]]:
     """The runs of each chapter that consists of runs."""
     one, given, both = ("quickstart",), ("given",), ("given", "reversed")
     choosing: dict[str, Any] = {"split": "validation", "streams": one, "orders": given, "changes": HALF}
+    rates = jobs_of({label: METHODS[label] for label in METHODS if label != "single"}, seeds=seeds[:1], **choosing)
+    streams = jobs_of(METHODS, seeds=seeds, split="test", streams=tuple(TASKS), orders=both)
     return {
         "presets": jobs_of(PRESETS, seeds=seeds[:1], **choosing),
-        "chain": jobs_of(CHAIN, seeds=seeds[:1], **choosing),
-        "streams": jobs_of(METHODS, seeds=seeds, split="test", streams=tuple(TASKS), orders=both),
+        "chain": jobs_of(CHAIN, seeds=seeds, **choosing),
+        "rates": [at_rate(job, rate) for job in rates for rate in RATES],
+        "streams": [*streams, *(at_rate(job, TUNED[job.label]) for job in streams if job.label in TUNED)],
         "pretraining": pretraining_jobs(output.resolve(), seeds),
         "together": jobs_of(TOGETHER, seeds=seeds, split="test", streams=one, orders=given),
     }
@@ -164,7 +184,7 @@ def put(text: str, name: str, lines: Sequence[str]) -> str:
 
 
 def main() -> None:
-    known = ("pilot", "presets", "chain", "streams", "pretraining", "together", "spectra")
+    known = ("pilot", "presets", "chain", "rates", "streams", "pretraining", "together", "spectra")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/study"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -180,7 +200,10 @@ def main() -> None:
     writers: dict[str, Callable[[], list[str]]] = {
         "pilot": lambda: pilot_rows(given.output / "pair", SHORT if given.reduced else {}, given.report_only),
         "spectra": lambda: spectra_rows(given.output / "pair"),
-        **{name: lambda name=name: results(planned[name], given.output) for name in ("presets", "chain", "together")},
+        **{
+            name: lambda name=name: results(planned[name], given.output)
+            for name in ("presets", "chain", "rates", "together")
+        },
         **{name: lambda name=name: by_setting(planned[name], given.output) for name in ("streams", "pretraining")},
     }
     text = PAGE.read_text(encoding="utf-8")

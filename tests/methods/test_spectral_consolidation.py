@@ -37,7 +37,8 @@ def saturate(update: np.ndarray, strength: float) -> np.ndarray:
 @pytest.mark.parametrize(
     ("options", "formula"),
     [
-        ({}, lambda d, t: saturate(d, 0.9)),
+        ({}, lambda d, t: 0.9 * d),
+        ({"rate": "saturate"}, lambda d, t: saturate(d, 0.9)),
         ({"rate": "power_up"}, lambda d, t: power_up(d, 0.9, 1.0, True)),
         (
             {"rate": "power_up", "rate_options": {"gamma": 2.0}, "strength": 0.5},
