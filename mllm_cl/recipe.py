@@ -58,7 +58,7 @@ class StreamSection(Section):
         default=False, description="cut the train rows into segments that do not end where tasks end"
     )
     transforms: list[dict[str, Any]] = Field(
-        default_factory=list, description="`answer_styles` and `rewrite_instructions` of the train rows, in this order"
+        default_factory=list, description="`answer_styles`, `rewrite_instructions`, `boxes`, in this order"
     )
 
     @model_validator(mode="after")

@@ -1,9 +1,10 @@
-"""Options of methods that suit two tasks of a few rows and adapters of rank 4; methods that are not here have their defaults."""
+"""Options of methods that suit two tasks of a few rows; methods that are not here have their defaults."""
 
 from __future__ import annotations
 
 from typing import Any
 
+# for adapters of rank 4
 SMALL: dict[str, dict[str, Any]] = {
     "model_tailor": {"samples": 6},
     "online_ewc": {"samples": 6},
@@ -29,4 +30,18 @@ SMALL: dict[str, dict[str, Any]] = {
     "clmoe": {"experts": 2, "important": 1, "samples": 4},
     "branchlora": {"experts": 2, "top": 1, "samples": 4},
     "l2p": {"pool": 4, "top": 2},
+}
+
+# for four rows and adapters of rank 2, where nothing but that a method runs is looked at
+TINY: dict[str, dict[str, Any]] = {
+    **SMALL,
+    "inquiry_regularization": {"ratio": 0.3, "rollout": 0},
+    "replay": {"size": 4},
+    "ewc": {"samples": 2},
+    "task_adapters": {"samples": 2},
+    "mr_lora": {"shots": 2, "epochs": 1},
+    "smolora": {"blocks": 1},
+    "progressive_prompts": {"length": 2},
+    "l2p": {"pool": 3, "top": 2, "length": 2},
+    "modal_prompt": {"length": 2},
 }

@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mllm_cl.cli.environment import Check
+
+if TYPE_CHECKING:
+    from mllm_cl.recipe import Recipe
+    from mllm_cl.streams import Stream
 
 _OF_A_TASK = 256  # rows of each task whose length is looked at
 _MEANING = {
@@ -42,9 +47,12 @@ def check_recipe(path: Path, overrides: Sequence[str]) -> tuple[list[list[str]],
     train = [row for task in stream for row in task.train[:_OF_A_TASK]]
     test = [row for task in stream for row in task.test[:_OF_A_TASK]]
     held = resident_bytes() if on_cpu else 0
-    estimate = estimate_memory(recipe, methods, train, test, on_cpu=on_cpu, libraries=held)
+    ranked = with_rank(recipe, stream, on_cpu)
+    estimate = estimate_memory(ranked, methods, train, test, on_cpu=on_cpu, libraries=held)
     parts = [[name, readable(getattr(estimate, name)), meaning] for name, meaning in _MEANING.items()]
     parts.append(["peak", readable(estimate.total), f"{estimate.rows} rows of up to {estimate.length} tokens"])
+    if ranked is not recipe:
+        parts.append(["rank", str(ranked.model.lora["r"]), "the largest within the budget (`model.lora.r: auto`)"])
     free, where = (free_bytes(), "of memory are free") if on_cpu else (device_bytes(), "on the device")
     found_text = f"needs about {readable(estimate.total)}, {readable(free)} {where}"
     if estimate.total <= free:
@@ -54,6 +62,29 @@ def check_recipe(path: Path, overrides: Sequence[str]) -> tuple[list[list[str]],
         "training.activation_checkpointing: true, model.dtype: bfloat16, or model.quantization: 4bit"
     )
     return parts, Check(str(path), "broken", f"{found_text}, so it does not fit", fix)
+
+
+def with_rank(recipe: Recipe, stream: Stream, on_cpu: bool) -> Recipe:
+    """Returns the recipe with the rank that `model.lora.r: auto` stands for; any other recipe as it is.
+
+    Which rank fits depends on what the methods train, so the weights are read and the first task is begun, as in a run.
+
+    Raises:
+        MllmClError: no rank fits, or the model cannot be loaded.
+    """
+    from mllm_cl.model_section import AUTO
+
+    if recipe.model.lora.get("r") != AUTO:
+        return recipe
+    from accelerate import PartialState
+
+    from mllm_cl.models.load import load_from_section
+    from mllm_cl.training.budget import fitting_rank
+
+    PartialState(cpu=on_cpu)
+    model, processor = load_from_section(recipe.model)
+    rank = fitting_rank(recipe, stream, model, processor)
+    return recipe.model_copy(update={"model": recipe.model.with_rank(rank)})
 
 
 def resident_bytes() -> int:

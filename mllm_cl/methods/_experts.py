@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mllm_cl.errors import MethodError
 from mllm_cl.methods._layers import decoder_blocks
+from mllm_cl.methods._live import frozen, restore, revived, trained
 from mllm_cl.methods.base import Context, Method, MethodState, RouteBatch
 from mllm_cl.models.adapters import DEFAULT, PREVIOUS, adapter_names, factors, lora_layers
 
@@ -113,15 +114,10 @@ class Experts(Method):
             self._gate(ctx.model, PREVIOUS, partial(self.gate, last))
 
     def parameters(self, ctx: Context) -> Mapping[str, nn.Parameter]:
-        trained = {name: own for name, own in self._live.items() if self.trains(name, ctx.index)}
-        for own in trained.values():
-            own.requires_grad_(True)
-        return trained
+        return trained(self._live, lambda name: self.trains(name, ctx.index))
 
     def end_task(self, ctx: Context) -> None:
-        for own in self._live.values():
-            own.requires_grad_(False)
-        self.gates = {name: own.detach().clone() for name, own in self._live.items()}
+        self.gates = frozen(self._live)
 
     def route(self, ctx: Context, batch: RouteBatch) -> list[dict[str, float]] | None:
         """The gates are inside the layers: nothing is left to choose, but they must be there."""
@@ -131,8 +127,7 @@ class Experts(Method):
     def _attach(self, model: PeftModel) -> None:
         """Puts the gates on the adapter, unless this very adapter has them already."""
         if not self._live:
-            device = next(model.parameters()).device
-            self._live = {n: nn.Parameter(t.clone().to(device), requires_grad=False) for n, t in self.gates.items()}
+            self._live = revived(self.gates, next(model.parameters()).device)
         place = factors(next(lora_layers(model))[1], DEFAULT)[0]
         if self._gated is not place:
             self._gate(model, DEFAULT, lambda *args: self.gate(self._live, *args))
@@ -151,9 +146,7 @@ class Experts(Method):
         self.gates = found
         if found.keys() != self._live.keys():
             self._live = {}
-        with torch.no_grad():
-            for name, own in self._live.items():
-                own.copy_(found[name])
+        restore(self._live, found)
 
 
 def language_only(ctx: Context, name: str) -> None:

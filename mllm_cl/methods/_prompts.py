@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from mllm_cl.data.collate import IGNORED, image_token_ids
+from mllm_cl.methods._live import frozen, restore, revived, trained
 from mllm_cl.methods.base import Context, Method, MethodState, RouteBatch, TrainBatch
 from mllm_cl.models.adapters import DEFAULT, PREVIOUS, active, set_trainable
 from mllm_cl.models.soft_prompts import SoftPrompts, adapters_on
@@ -87,15 +88,10 @@ class Prompts(Method):
 
     def parameters(self, ctx: Context) -> Mapping[str, nn.Parameter]:
         set_trainable(ctx.model, [])
-        trained = {name: own for name, own in self._live.items() if self.trains(name, ctx.index)}
-        for own in trained.values():
-            own.requires_grad_(True)
-        return trained
+        return trained(self._live, lambda name: self.trains(name, ctx.index))
 
     def end_task(self, ctx: Context) -> None:
-        for own in self._live.values():
-            own.requires_grad_(False)
-        self.learnt = {name: own.detach().clone() for name, own in self._live.items()}
+        self.learnt = frozen(self._live)
         self._attach(ctx, None)
 
     def route(self, ctx: Context, batch: RouteBatch) -> list[dict[str, float]] | None:
@@ -106,7 +102,7 @@ class Prompts(Method):
     def _attach(self, ctx: Context, learning: int | None) -> None:
         model, device = ctx.model, next(ctx.model.parameters()).device
         if self._live.keys() != self.learnt.keys():
-            self._live = {n: nn.Parameter(t.clone().to(device), requires_grad=False) for n, t in self.learnt.items()}
+            self._live = revived(self.learnt, device)
         self._images, self._asked = image_token_ids(ctx.processor), None
 
         def choose(inputs: dict[str, Any]) -> Tensor | None:
@@ -149,9 +145,7 @@ class Prompts(Method):
     def load_state_dict(self, state: MethodState) -> None:
         self.learnt = {name.removeprefix("vectors/"): tensor for name, tensor in state.tensors.items()}
         if self._live.keys() == self.learnt.keys():
-            with torch.no_grad():
-                for name, own in self._live.items():
-                    own.copy_(self.learnt[name])
+            restore(self._live, self.learnt)
 
 
 class ChosenPrompts(Prompts):
@@ -163,7 +157,8 @@ class ChosenPrompts(Prompts):
 
     def loss_terms(self, ctx: Context, model: nn.Module, batch: TrainBatch, outputs: Any) -> dict[str, Tensor]:
         rows = self.attraction(self._live, self._query(ctx.model, batch.inputs), ctx.index)
-        return {self.name: rows.mean() * batch.share("step")}
+        taught = (batch.inputs["labels"] != IGNORED).any(dim=1)  # not those that fill up the last batch of an epoch
+        return {self.name: (rows * taught).sum() / taught.sum().clamp_min(1) * batch.share("rows")}
 
 
 def _mean(states: Tensor, mask: Tensor) -> Tensor:

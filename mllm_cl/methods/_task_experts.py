@@ -70,9 +70,9 @@ class TaskExperts(Experts):
             self._noted.setdefault(module, []).append(gates.detach().flatten(0, -2))
 
     @torch.no_grad()
-    def measure(self, ctx: Context) -> dict[str, tuple[Tensor, Tensor]]:
+    def measure(self, ctx: Context, top: int = 2) -> dict[str, tuple[Tensor, Tensor]]:
         """Returns, per layer, the mean gates over the tokens of some of the task's rows and how often an expert was among the
-        two with the largest: module -> (E,), (E,)."""
+        `top` with the largest: module -> (E,), (E,)."""
         self._noted, was_training = {}, ctx.model.training
         ctx.model.eval()
         for batch in ctx.calibration(self.samples, 1):  # one row at a time: no padding
@@ -82,7 +82,7 @@ class TaskExperts(Experts):
         found = {}
         for module, parts in noted.items():
             gates = torch.cat(parts)
-            counts = gates.topk(min(2, self.experts), dim=-1).indices.flatten().bincount(minlength=self.experts)
+            counts = gates.topk(min(top, self.experts), dim=-1).indices.flatten().bincount(minlength=self.experts)
             found[module] = (gates.mean(dim=0), counts)
         return found
 

@@ -3,7 +3,8 @@
 Idea: new tasks need other routes between tokens more than other knowledge, which sits in the feed-forward layers.
 Formula: ΔW = 0 outside the attention layers.
 Stored per task: nothing. Cost per step: 1×, fewer trainable parameters. Combines with every adapter policy.
-Reference: arXiv 2510.08564 (attention projections, or gate and up only, forget least in MLLMs).
+Reference: Zhu et al. 2025 (arXiv 2510.08564: attention projections, or gate and up only, forget least in MLLMs). Fidelity:
+LoRA on these matrices, the paper updates the matrices themselves.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ HOOKS = (
 
 AdapterPolicy = Literal["one", "stacked", "per_task"]
 ReferenceKind = Literal["base", "previous"]
-ShareOf = Literal["step", "tokens", "inquiry", "memory"]
+ShareOf = Literal["step", "rows", "tokens", "inquiry", "memory"]
 
 
 @dataclass
@@ -109,8 +109,9 @@ class TrainBatch:
     def share(self, of: ShareOf) -> float | Tensor:
         """Weight that makes a term independent of gradient accumulation and of the number of processes.
 
-        A mean over this micro-batch's target tokens is multiplied by `share("tokens")`, a mean over its inquiry rows by
-        `share("inquiry")`, over its memory rows by `share("memory")`, a penalty on the parameters by `share("step")`.
+        A mean over this micro-batch's target tokens is multiplied by `share("tokens")`, a mean over its
+        rows that have labels by `share("rows")`, over its inquiry rows by `share("inquiry")`, over its memory rows by
+        `share("memory")`, a penalty on the parameters by `share("step")`.
         """
         return self.shares[of]
 

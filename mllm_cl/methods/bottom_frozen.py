@@ -5,6 +5,7 @@ Formula: ΔW = 0 in the lowest ⌈share · blocks⌉ blocks of the decoder (at l
 bridge.
 Stored per task: nothing. Cost per step: 1×, fewer trainable parameters. Combines with every adapter policy.
 Reference: Zheng et al. 2025, spurious forgetting (arXiv 2501.13453), who freeze the bottom layers.
+Fidelity: from the first task on, on LoRA, and a share of the blocks instead of a number; embeddings are never trained here.
 """
 
 from __future__ import annotations

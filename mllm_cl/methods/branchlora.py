@@ -85,7 +85,7 @@ class BranchLoRA(TaskExperts):
                     weight[:, frozen] = self._kept[module][:, frozen]
 
     def end_task(self, ctx: Context) -> None:
-        for module, (_, counts) in self.measure(ctx).items():
+        for module, (_, counts) in self.measure(ctx, self.top).items():
             tuned = counts.cpu().masked_fill(self.frozen[module], -1)
             room = max(0, int((~self.frozen[module]).sum()) - 1)
             self.frozen[module][tuned.topk(min(self.freeze, room)).indices] = True

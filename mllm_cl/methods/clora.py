@@ -3,7 +3,7 @@
 Idea: if the update cannot use some directions at all, what the base does with them is left as it was.
 Formula: L = CE + strength · mean over matrices of ½ (‖A V‖² + ‖Uᵀ B‖²), U and V fixed random matrices with `width`
 orthonormal columns.
-Stored: nothing, U and V come from `seed`. Cost per step: 1×, two products per layer.
+Stored per task: nothing, U and V come from `seed`. Cost per step: 1×, two products per layer.
 Reference: Lu et al. 2024, Controlled LoRA (arXiv 2410.16801). Fidelity: as in the paper, except that matrices of the same size
 share their U and V, and that `width` is at most half of the dimension (all of it would be plain weight decay).
 """

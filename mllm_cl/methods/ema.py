@@ -3,8 +3,9 @@
 Idea: the running mean of the weights forgets more slowly than the weights, and learns all that they agree on.
 Formula: after every step θ_slow ← decay · θ_slow + (1 − decay) · θ_fast; training goes on from θ_fast, θ_slow is deployed.
 Stored: the fast adapter (the slow one is the deployed adapter). Cost per step: 1×.
-Reference: Arani et al. 2022, CLS-ER (arXiv 2201.12604); SuRe (arXiv 2511.22367) with replay. With few steps per task choose a
-decay of about 1 − 10 / steps: a mean over more steps than there are has not arrived.
+Reference: Arani et al. 2022, CLS-ER (arXiv 2201.12604); SuRe (arXiv 2511.22367) with replay. Fidelity: one
+slow mean, without the second one, the memory and the consistency loss of CLS-ER. With few steps per task choose a decay of
+about 1 − 10 / steps: a mean over more steps than there are has not arrived.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Idea: gate and up decide what a feed-forward layer looks for; what it then writes (down) stays as it was.
 Formula: ΔW = 0 outside gate_proj and up_proj.
 Stored per task: nothing. Cost per step: 1×, fewer trainable parameters. Combines with every adapter policy.
-Reference: arXiv 2510.08564 (attention projections, or gate and up only, forget least in MLLMs).
+Reference: Zhu et al. 2025 (arXiv 2510.08564: attention projections, or gate and up only, forget least in MLLMs). Fidelity:
+LoRA on these matrices, the paper updates the matrices themselves.
 """
 
 from __future__ import annotations

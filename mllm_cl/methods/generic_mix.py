@@ -3,7 +3,8 @@
 Idea: rehearse what the base could do, from a fixed general instruction set, instead of (or beside) the earlier tasks.
 Formula: L = E_{D_t} ℓ + share/(1 − share) · E_G ℓ, realised by the mixture of rows; other rows of G for every task.
 Stored per task: nothing. Cost per step: 1×, but 1/(1 − share) as many steps.
-Reference: TRACE mixes LIMA in (Wang et al. 2023, arXiv 2310.06762). The built-in set is the training part of the general
+Reference: TRACE mixes LIMA in (Wang et al. 2023, arXiv 2310.06762). Fidelity: another set, with
+images. The built-in set is the training part of the general
 mixture that tiny-llava was pre-trained on; no row of the benchmark `quickstart-general` is in it.
 """
 

@@ -52,6 +52,12 @@ class HiDe(TaskAdapters):
         questions = [ask(question_of(row), [], row["id"]) for row in rows]
         return torch.cat([normalize(ctx.embed(part), dim=-1) for part in (rows, questions)], dim=-1).cpu()
 
+    def prototype(self, embeddings: Tensor) -> Tensor:
+        """Each half of unit length too: the rows of a task have one question and many images, so that their means are not
+        equally long, and the longer one would count for more."""
+        halves = embeddings.mean(dim=0).unflatten(0, (2, -1))
+        return normalize(halves, dim=-1).flatten() / 2**0.5
+
     def begin_task(self, ctx: Context) -> None:
         self._remove(ctx)
 

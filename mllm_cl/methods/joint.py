@@ -4,6 +4,8 @@ Idea: no sequence at all; the mixture of all tasks' training rows is learnt in o
 Formula: θ_T = SFT(θ_0, D_1 ∪ … ∪ D_T).
 Stored per task: nothing. Cost: the same number of steps as the whole sequence; the stages before the last are not
 trained, so their cells are not measured.
+Reference: an anchor, without a publication of its own. Fidelity: epochs are passes over the union of the tasks, so that every row
+is seen as often as in the sequence.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Formula: W̃_t = W̃_{t−1} + strength · (W_t − W̃_{t−1}); the next task 
 the rate `uniform`: every singular direction is scaled alike.
 Stored per task: nothing beyond the consolidated adapter. Cost per step: 1×; per task one product per matrix.
 Reference: the baseline of LLaVA-c (arXiv 2506.08666); WiSE-FT, Wortsman et al. 2021 (arXiv 2109.01903).
+Fidelity: on full updates, exactly; WiSE-FT mixes with the zero-shot model, here it is the stage before.
 """
 
 from __future__ import annotations

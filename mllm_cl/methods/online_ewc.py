@@ -4,6 +4,7 @@ Idea: a sum of importances freezes the adapter in a long stream; a decayed sum l
 Formula: as `ewc` with Ω ← decay · Ω + Ω_t, decay below 1.
 Stored: Ω and θ*, float32, twice the adapter. Cost per step: 1×; per task one pass over `samples` rows at batch size 1.
 Reference: Schwarz et al. 2018 (arXiv 1805.06370).
+Fidelity: the regulariser of that paper without its two networks; Ω_t is normalised to mean 1, as in `ewc`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 Idea: essential knowledge sits in the largest entries of a task's update; later tasks may move everything else.
 Formula: L = CE + strength · mean over matrices of mean_{(a,b) ∈ K} |(B_t A_t)_{ab}|, K the top `share` of |B_i A_i| of every
 earlier task i.
-Stored: K as a bit mask, one bit per entry of every matrix. Cost per step: 1×, plus B A per layer, 64 rows at a time.
+Stored once, nothing per task: K as a bit mask, one bit per entry of every matrix. Cost per step: 1×, plus B A per layer, 64
+rows at a time.
 Reference: SEFE, Chen et al. 2025 (arXiv 2505.02486). Fidelity: as in the paper, except that an entry that several tasks protect
 counts once (the released code concatenates the lists of positions). The other half of SEFE rewrites answers (data).
 """

@@ -3,7 +3,7 @@
 Idea: credit every weight with the share of the loss decrease that its own movement has brought.
 Formula: ω_i ← ω_i − g_i Δθ_i at every step; after the task Ω_i += max(ω_i, 0) / ((θ_i − θ_i at its start)² + damping);
 penalty as `ewc`.
-Stored: Ω and θ*, float32, twice the adapter; while a task trains three further copies. Cost per step: 1×; no extra pass.
+Stored: Ω and θ*, float32, twice the adapter; while a task trains three further copies. Cost per step: 1×; per task no extra pass.
 Reference: Zenke et al. 2017 (arXiv 1703.04200). Fidelity: g is the gradient of the whole loss after clipping, as the optimizer
 sees it; per-task importance is normalised to mean 1 (see `mllm_cl/methods/_importance.py`), so `damping` matters for weights
 that hardly moved.

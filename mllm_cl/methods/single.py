@@ -3,6 +3,8 @@
 Idea: how well could this model learn each task if it had nothing to remember?
 Formula: θ_t = SFT(θ_0, D_t); only the diagonal of the matrix is measured (S_t in transfer and intransigence).
 Stored per task: nothing. Cost per step: 1×.
+Reference: an anchor, without a publication of its own. Fidelity: every task gets its own fresh adapter, drawn with the stage's
+seed.
 """
 
 from __future__ import annotations

@@ -13,9 +13,10 @@ Stored per task: one adapter, one prototype (2 × hidden, float32) and two numbe
 float32, once.
 Cost per step: 1×; inference: one embedding pass.
 Reference: the prototype routing of HiDe-LLaVA (ACL 2025) and DISCO (ICCV 2025), whose released code averages gates over
-the batch or keeps prototype sums in bfloat16; here routing is per sample and float32. Ridge: CF-Router (ICLR 2026
-workshop); Any-SSR, Tong et al. 2025 (arXiv 2503.13575). Generative: Deep SLDA, Hayes and Kanan (CVPR workshops 2020), with
-tasks for classes and equal priors; S = Σ_t Σ (φ − μ_t)(φ − μ_t)ᵀ is additive, so no old row is needed.
+the batch or keeps prototype sums in bfloat16. Ridge: CF-Router, Li et al. (ICLR 2026 workshop, OpenReview 7tWtYHTIDD);
+Any-SSR, Tong et al. 2025 (arXiv 2503.13575). Generative: Deep SLDA, Hayes and Kanan (CVPR workshops 2020).
+Fidelity: routing is per sample and float32. Deep SLDA with tasks for classes and equal priors;
+S = Σ_t Σ (φ − μ_t)(φ − μ_t)ᵀ is additive, so no old row is needed. `reject` is ours.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class TaskAdapters(Method):
         if self.router == "oracle":
             return
         embeddings = self.embed(ctx, drawn_rows(ctx, self.samples))
-        prototype = normalize(embeddings.mean(dim=0), dim=0)
+        prototype = self.prototype(embeddings)
         own = similarities(embeddings, prototype.unsqueeze(0)).squeeze(1)
         self.prototypes[ctx.task.name] = prototype
         self.similarity[ctx.task.name] = (own.mean().item(), own.std(correction=0).item())
@@ -101,6 +102,10 @@ class TaskAdapters(Method):
     def embed(self, ctx: Context, rows: list) -> Tensor:
         """What is compared: (rows, features) on the CPU."""
         return ctx.embed(rows).cpu()
+
+    def prototype(self, embeddings: Tensor) -> Tensor:
+        """What a task's rows are compared with: (rows, features) -> (features,), of unit length."""
+        return normalize(embeddings.mean(dim=0), dim=0)
 
     def compare(self, ctx: Context, batch: RouteBatch) -> tuple[Tensor, Tensor]:
         """Embeddings (rows, features) and their similarity with the prototypes (rows, tasks)."""

@@ -7,7 +7,8 @@ Formula: L = mean over target tokens of −w_k log p(y_k), w without gradient:
 - talr: w = max(exp(−ℓ_k / τ), floor), ℓ_k = −log p(y_k), τ the mean ℓ of the row's own tokens
 The term that is logged is the difference to the plain cross-entropy.
 Stored per task: nothing. Cost per step: 1×.
-Reference: EAFT (PRIS-CV/EAFT, 2026); DFT, Wu et al. 2025 (arXiv 2508.05629); TALR, Lin et al. 2025 (arXiv 2509.20758).
+Reference: EAFT, Diao et al. 2026 (arXiv 2601.02151; PRIS-CV/EAFT); DFT, Wu et al. 2025 (arXiv 2508.05629); TALR, Lin et al.
+2025 (arXiv 2509.20758).
 Fidelity: TALR takes its temperature from the batch; per row it does not depend on accumulation or processes.
 """
 

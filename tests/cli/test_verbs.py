@@ -343,6 +343,31 @@ def test_doctor_estimates_a_recipe(
     assert "zero3 does not work" in outcome.err
 
 
+def test_doctor_finds_the_rank_of_auto(
+    call: Call, base_recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh: Callable
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from mllm_cl.cli import environment
+    from mllm_cl.models.parts import lora_targets
+
+    recipe_file = tmp_path / "recipe.yaml"
+    recipe_file.write_text(yaml.safe_dump(base_recipe | {"name": "x", "output_dir": "x"}), encoding="utf-8")
+    monkeypatch.setattr(environment, "check_model", lambda: environment.Check("tiny-llava", "ok", "left out"))
+    budget = "budget={kind: trainable_parameters, value: 50000}"
+    out = ok(call("doctor", recipe_file, budget, "model.lora={r: auto}")).out
+    model = fresh()[0]
+    per_rank = get_peft_model(model, LoraConfig(r=1, target_modules=lora_targets(model))).get_nb_trainable_parameters()[
+        0
+    ]
+    rank = re.search(r"rank\s+(\d+)", out)
+    assert rank, out
+    assert int(rank[1]) == 50000 // per_rank > 1
+    outcome = call("doctor", recipe_file, "budget={kind: trainable_parameters, value: 10}", "model.lora={r: auto}")
+    assert outcome.code == 2
+    assert "with rank 1 this recipe already trains" in outcome.err
+
+
 def test_doctor_reports_what_is_broken(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     from mllm_cl.cli import environment
 

@@ -10,37 +10,18 @@ import itertools
 import math
 
 import pytest
+from method_options import TINY
 
 from mllm_cl.errors import MllmClError
 from mllm_cl.methods import METHODS, build_method
 from mllm_cl.recipe import MethodSpec, load_recipe
 from mllm_cl.training.capabilities import ANCHORS, build_methods
 
-SMALL = {
-    "inquiry_regularization": {"ratio": 0.1, "rollout": 0},
-    "replay": {"size": 4},
-    "derpp": {"size": 4, "ratio": 0.2},
-    "agem": {"size": 4, "batch": 2},
-    "gem": {"size": 4, "batch": 2},
-    **{
-        name: {"samples": 2}
-        for name in ("ewc", "online_ewc", "mas", "model_tailor", "inflora", "keeplora", "lora_null", "corda")
-    },
-    **{name: {"samples": 2} for name in ("task_adapters", "disco", "hide", "shared_specific")},
-    "moelora": {"experts": 2},
-    "mr_lora": {"shots": 2, "epochs": 1},
-    "smolora": {"blocks": 1},
-    "clmoe": {"experts": 2, "samples": 2},
-    "branchlora": {"experts": 2, "samples": 2},
-    "progressive_prompts": {"length": 2},
-    "l2p": {"pool": 3, "top": 2, "length": 2},
-    "modal_prompt": {"length": 2},
-}
 PAIRS = list(itertools.combinations(METHODS, 2))
 
 
 def entry(name: str) -> dict:
-    return {name: SMALL.get(name, {})}
+    return {name: TINY.get(name, {})}
 
 
 def refusal(pair: tuple[str, str]) -> str | None:
@@ -65,7 +46,7 @@ def expected_refusal(one: str, two: str) -> bool:
     """The rules, said again: baselines stand alone, policies agree, a role is played once, ..."""
     if one in ANCHORS or two in ANCHORS:
         return True
-    first, second = (build_method(MethodSpec(name=name, options=SMALL.get(name, {}))) for name in (one, two))
+    first, second = (build_method(MethodSpec(name=name, options=TINY.get(name, {}))) for name in (one, two))
     policies = {method.adapters for method in (first, second)} - {None}
     if len(policies) > 1 or first.roles & second.roles:
         return True
@@ -104,7 +85,7 @@ def test_refusals_name_both_methods_and_what_to_do(words):
 
 @pytest.mark.parametrize("pair", TRAINED, ids="+".join)
 def test_allowed_pairs_learn_two_tasks(pair, make_learner, small_stream, train_task):
-    methods = [build_method(MethodSpec(name=name, options=SMALL.get(name, {}))) for name in pair]
+    methods = [build_method(MethodSpec(name=name, options=TINY.get(name, {}))) for name in pair]
     learner, stream = make_learner(*methods, rank=2), small_stream(2, rows=4)
     for _ in stream:
         trainer = train_task(learner, stream, per_device_train_batch_size=4)

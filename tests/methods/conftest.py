@@ -43,6 +43,6 @@ def micro_batch() -> Callable[..., Any]:
     def make(inputs: dict[str, Any]) -> Any:
         inputs = dict(inputs)
         companions = inputs.pop("companions", {})
-        return TrainBatch(inputs, companions, {"step": 1.0, "tokens": 1.0, "inquiry": 1.0})
+        return TrainBatch(inputs, companions, {"step": 1.0, "rows": 1.0, "tokens": 1.0, "inquiry": 1.0})
 
     return make

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 
 from mllm_cl.errors import MethodError
@@ -19,6 +21,14 @@ def test_every_method_is_described_and_built_with_its_defaults(name):
     assert "\n" not in method.summary
     state = method.state_dict()
     method.load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_says_what_it_is_stores_and_costs(name):
+    text = inspect.getmodule(method_class(name)).__doc__ or ""
+    assert text.startswith(f"{name}: ")
+    for part in ("Idea:", "Formula", "Stored", "Cost", "per task", "Reference:", "Fidelity:"):
+        assert part in text, part
 
 
 def test_options_are_checked():

@@ -156,6 +156,25 @@ def test_branchlora_shares_its_trunk_and_routes_every_row_by_its_task(learning, 
         layer(inputs[:2])
 
 
+@pytest.mark.parametrize("top", [1, 3])
+def test_branchlora_counts_the_branches_that_tokens_use(learning, top):
+    """As many as `top` says for every token, neither more nor fewer."""
+    method = BranchLoRA(experts=4, top=top, freeze=1, samples=2)
+    learner, ctx, _ = learning(method)
+    used: dict[str, torch.Tensor] = {}
+    note = method.note
+
+    def watch(module, gates):
+        used[module] = used.get(module, 0) + (gates > 0).flatten(0, -2).sum(dim=0)
+        note(module, gates)
+
+    method.note = watch
+    learner.end_task(ctx)
+    for module, counts in used.items():
+        (frozen,) = method.frozen[module].nonzero().flatten().tolist()
+        assert counts[frozen] == counts.max()
+
+
 def test_branchlora_freezes_the_branches_that_were_used_most(learning, begin, disturb):
     method = BranchLoRA(experts=4, top=2, freeze=2, samples=2)
     learner, ctx, stream = learning(method)

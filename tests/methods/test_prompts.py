@@ -163,6 +163,16 @@ def test_queries_come_from_the_inquiry_alone(begin, small_stream, make_row):
     assert float(bare.image.abs().max()) == 0
 
 
+@pytest.mark.parametrize("method", [L2P(pool=4, top=2, length=3), ModalPrompt(length=2)], ids=lambda m: m.name)
+def test_rows_that_fill_a_batch_up_attract_nothing(method, begin, small_stream, mixed, micro_batch):
+    _, ctx = begin(small_stream(2, rows=4), method)
+    filled = ctx.collate([*mixed, {**mixed[2], "ignored": True}])
+    assert (filled["labels"][3] == -100).all()
+    (expected,) = method.loss_terms(ctx, ctx.model, micro_batch(ctx.collate(mixed)), None).values()
+    (term,) = method.loss_terms(ctx, ctx.model, micro_batch(filled), None).values()
+    assert float(term) == pytest.approx(float(expected), abs=1e-6)
+
+
 def test_l2p_by_hand(begin, small_stream, mixed, micro_batch):
     _, ctx = begin(small_stream(2, rows=4), method := L2P(pool=4, top=2, length=3, strength=0.25))
     own = method.parameters(ctx)

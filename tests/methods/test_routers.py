@@ -42,8 +42,9 @@ def two_tasks(begin, disturb, small_stream):
         for number in (0, 1):
             learner, ctx = begin(stream, method, learner=learner)
             if embeddings is not None:
+                own = embeddings[number]
                 ctx = dataclasses.replace(
-                    ctx, embed=lambda rows, own=embeddings[number]: torch.tensor(own)[: len(rows)]
+                    ctx, embed=own if callable(own) else lambda rows, own=own: torch.tensor(own)[: len(rows)]
                 )
             disturb(ctx.model, task_adapter(stream[number].name), seed=number)
             updates.append(
@@ -212,6 +213,22 @@ def test_hide_adds_up_all_blocks_but_the_last(two_tasks):
             assert torch.allclose(top[module].dense(), own, atol=1e-5)
     method.begin_task(learner.context(stream[1], stream, None))
     assert not any(name == FUSED or name.startswith(TOP) for name in adapter_names(learner.model))
+
+
+def test_hide_compares_with_the_mean_of_both_cosines(two_tasks):
+    """The whole inquiries of a task differ (their mean is 0.6 long), its questions do not."""
+    method = HiDe(temperature=0.1)
+
+    def embed(whole, question):
+        return lambda rows: torch.tensor(whole if rows[0]["images"] else [question] * len(rows))[: len(rows)]
+
+    tasks = [([[0.6, 0.8], [0.6, -0.8]] * 2, [0.0, 1.0]), ([[-1.0, 0.0]] * 4, [1.0, 0.0])]
+    learner, stream, _ = two_tasks(method, [embed(*task) for task in tasks])
+    ctx = learner.context(stream[1], stream, None)
+    ctx = dataclasses.replace(ctx, embed=embed([[1.0, 0.0]], [0.6, 0.8]))
+    row = next(row for row in stream[0].test if row["images"])
+    similarity = method.compare(ctx, RouteBatch([row], [None]))[1]
+    assert similarity[0].tolist() == pytest.approx([(1.0 + 0.8) / 2, (-1.0 + 0.6) / 2], abs=1e-6)
 
 
 def test_gates_are_per_row():
