@@ -83,7 +83,8 @@ METHODS: dict[str, list[Any]] = {
     "replay 5 %": [{"replay": {"size": 192, "share": 0.25, "policy": "balanced"}}],
 }
 RATES = (1e-3, 2e-3, 5e-3, 1e-2)
-TUNED: dict[str, float] = {}  # methods whose best learning rate in the chapter `rates` is another than everybody's
+# a method's best learning rate in the chapter `rates`, where it is another than everybody's
+TUNED = {"finetune": 2e-3, "replay 5 %": 2e-3, "ModelMix": 1e-3, "ewc": 2e-3}
 TOGETHER: dict[str, list[Any]] = {
     "LLaVA-c (SAC + UIR)": [SAC, UIR],
     "LLaVA-c + replay 1 %": [SAC, UIR, METHODS["replay 1 %"][0]],

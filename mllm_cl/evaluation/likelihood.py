@@ -112,12 +112,19 @@ class Ranker(Engine):
     def _together(self, inputs: dict[str, Any], ids: Tensor, mask: Tensor) -> Tensor:
         """The same by one pass over inquiry and candidate of each."""
         tails = {"input_ids": ids, "attention_mask": mask}
-        whole = tuple(inputs["input_ids"].shape)
+        whole, longest = inputs["input_ids"].shape, ids.shape[1]
         for name, value in inputs.items():
-            if torch.is_tensor(value) and tuple(value.shape) == whole:
-                tail = tails.get(name, torch.zeros_like(ids))
-                inputs[name] = torch.cat([value, tail.to(value.dtype)], dim=1)
-        longest = ids.shape[1]
+            if not torch.is_tensor(value) or value.shape[:2] != whole:
+                continue
+            if value.ndim == 2:
+                tail = tails.get(name, torch.zeros_like(ids)).to(value.dtype)
+            elif name.endswith(
+                "mask"
+            ):  # which images a token sees (Mllama): the answer sees what the token before it saw
+                tail = value[:, -1:].expand(-1, longest, *value.shape[2:])
+            else:
+                continue
+            inputs[name] = torch.cat([value, tail], dim=1)
         return self._logits(inputs, longest + 1)[:, -longest - 1 : -1].float()
 
     def _logits(self, inputs: dict[str, Any], last: int) -> Tensor:

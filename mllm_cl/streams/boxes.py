@@ -59,6 +59,9 @@ _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _LIST = r"\[" + ",".join([_NUMBER] * 4) + r"\]"
 _PAIRS = rf"\({_NUMBER},{_NUMBER}\)\s*,\s*\({_NUMBER},{_NUMBER}\)"
 _BOX = re.compile(rf"<box>\s*\[\s*{_LIST}\s*\]\s*</box>|<box>\s*{_PAIRS}\s*</box>|{_LIST}")
+_UNREAD = re.compile(
+    rf"<box>[\s\[(]*-?\d|\[{_NUMBER}(?:,{_NUMBER})+\]"
+)  # what is left of a text once its boxes are taken out
 _ANY_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 _ROUND = re.compile(r"-\d+$")  # `a-2`: the second appearance of `a`
 _ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # EXIF: width and height change places
@@ -152,8 +155,10 @@ class _Convert:
         ]
 
     def _text(self, row: Row, text: str, is_answer: bool) -> str:
-        if is_answer and not _BOX.search(text) and len(_ANY_NUMBER.findall(text)) == 4:
-            raise _refused(f"the answer is {text[:80]!r}", "a box as one of " + ", ".join(_examples()))
+        others = _BOX.sub("", text)
+        is_unread = is_answer and others == text and len(_ANY_NUMBER.findall(text)) == 4
+        if is_unread or _UNREAD.search(others):
+            raise _refused(f"no box can be read from {text[:80]!r}", "a box as one of " + ", ".join(_examples()))
         return _BOX.sub(lambda match: self._box(row, match), text)
 
     def _box(self, row: Row, match: re.Match[str]) -> str:

@@ -21,6 +21,12 @@ from mllm_cl.models.load import base_fingerprint, load_model
 from mllm_cl.recipe import MethodSpec
 from mllm_cl.training.learner import Learner
 
+PER_COMMIT = ("finetune", "spectral_consolidation", "inquiry_regularization", "task_adapters", "osf")
+QUANTISED = [
+    *((method, "4bit") for method in METHODS),
+    *(pytest.param(method, "8bit", marks=[] if method in PER_COMMIT else [pytest.mark.weekly]) for method in METHODS),
+]
+
 
 @pytest.fixture(scope="module")
 def quantised(fixture_folder):
@@ -36,8 +42,7 @@ def quantised(fixture_folder):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
-@pytest.mark.parametrize("kind", ["4bit", "8bit"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "kind"), QUANTISED)
 def test_every_method_learns_on_a_quantised_base(method, kind, quantised, small_stream, train_task):
     model, processor = copy.deepcopy(quantised(kind)[0]), quantised(kind)[1]
     before = base_fingerprint(model)

@@ -100,6 +100,9 @@ def test_questions_change_and_other_tasks_do_not() -> None:
         ("[0.5, 0.3, 0.1, 0.6]", {}, "does not fit the convention `given`"),
         ("[0.1, 0.0, 0.5, 0.2]", {}, "lies in the padding"),
         ("0.1, 0.2, 0.5, 0.6", {}, "a box as one of [x1, y1, x2, y2], <box>[[x1"),
+        ("[0.1, 0.3, 0.5]", {}, "no box can be read"),
+        ("[0.1, 0.3, 0.5, 0.6, 0.7]", {}, "no box can be read"),
+        ("[0.1, 0.3, 0.5, 0.6] and <box>0.1 0.3</box>", {}, "no box can be read"),
     ],
 )
 def test_boxes_that_cannot_be_meant(answer: str, options: dict[str, Any], part: str) -> None:
@@ -132,6 +135,13 @@ def test_a_name_that_ends_in_a_number_is_one_task() -> None:
         Stream("s", tasks), transforms=[{"boxes": {"tasks": ["v-2"], "given": "square", "wanted": "thousand"}}]
     )
     assert [found.test[0].get("answers") for found in made] == [["[0.1, 0.25, 0.5, 0.5]"], ["[100, 0, 500, 500]"]]
+
+
+def test_words_about_boxes_are_left_alone() -> None:
+    text = "Write <box>(x1,y1),(x2,y2)</box>; see figure [2]."
+    options = {"boxes": {"tasks": ["a"], "given": "square", "wanted": "thousand"}}
+    made = arrange(Stream("s", (task("a", [row("1", "a dog", Image.new("RGB", (9, 9)), text)]),)), transforms=[options])
+    assert message_text(made["a"].train[0]["messages"][0]).endswith(text)
 
 
 def test_an_official_scorer_is_refused() -> None:
