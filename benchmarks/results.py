@@ -24,7 +24,7 @@ METHODS: dict[str, list[Any]] = {
     "replay": [{"replay": {"size": 192, "share": 0.25, "policy": "balanced"}}],
     "ModelMix": [{"spectral_consolidation": {"rate": "uniform", "strength": 0.5}}],
     "single": ["single"],
-    "task_adapters": [{"task_adapters": {"router": "prototype"}}],
+    "task_adapters": [{"task_adapters": {"router": "prototype", "reject": 4.0}}],
     "ewc": ["ewc"],
     "lwf": ["lwf"],
 }

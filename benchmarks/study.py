@@ -89,8 +89,8 @@ TOGETHER: dict[str, list[Any]] = {
     "LLaVA-c (SAC + UIR)": [SAC, UIR],
     "LLaVA-c + replay 1 %": [SAC, UIR, METHODS["replay 1 %"][0]],
     "replay 1 %": METHODS["replay 1 %"],
-    "task_adapters + UIR": [{"task_adapters": {"router": "prototype"}}, {UIR: {"inquiry_memory": 0}}],
-    "task_adapters": [{"task_adapters": {"router": "prototype"}}],
+    "task_adapters + UIR": [{"task_adapters": {"router": "prototype", "reject": 4.0}}, {UIR: {"inquiry_memory": 0}}],
+    "task_adapters": [{"task_adapters": {"router": "prototype", "reject": 4.0}}],
 }
 
 

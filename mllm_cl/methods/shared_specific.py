@@ -52,7 +52,7 @@ class SharedSpecific(TaskAdapters):
         slowness: Annotated[float, Field(ge=0, le=1)] = 0.0,
         router: Router = "prototype",
         samples: Samples = 256,
-        reject: Reject = 4.0,
+        reject: Reject = 2.0,
     ) -> None:
         super().__init__(router=router, samples=samples, reject=reject)
         self.slowness = slowness

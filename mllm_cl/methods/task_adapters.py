@@ -16,7 +16,9 @@ Reference: the prototype routing of HiDe-LLaVA (ACL 2025) and DISCO (ICCV 2025),
 the batch or keeps prototype sums in bfloat16. Ridge: CF-Router, Li et al. (ICLR 2026 workshop, OpenReview 7tWtYHTIDD);
 Any-SSR, Tong et al. 2025 (arXiv 2503.13575). Generative: Deep SLDA, Hayes and Kanan (CVPR workshops 2020).
 Fidelity: routing is per sample and float32. Deep SLDA with tasks for classes and equal priors;
-S = Σ_t Σ (φ − μ_t)(φ − μ_t)ᵀ is additive, so no old row is needed. `reject` is ours.
+S = Σ_t Σ (φ − μ_t)(φ − μ_t)ᵀ is additive, so no old row is needed. `reject` is ours: on tiny-llava 2 sends
+44 % of the general benchmark's rows to the base and no row of the six tasks, 3 sends 12 % and 4 none (prototype router,
+48 training rows per task, no training).
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ class TaskAdapters(Method):
         *,
         router: Router = "prototype",
         samples: Samples = 256,
-        reject: Reject = 4.0,
+        reject: Reject = 2.0,
         penalty: Annotated[float, Field(gt=0)] = 0.1,
         shrinkage: Annotated[float, Field(gt=0, le=1)] = 0.1,
     ) -> None:
