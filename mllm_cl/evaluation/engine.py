@@ -29,6 +29,7 @@ from mllm_cl.data.rows import Row, inquiry_of, message_text
 from mllm_cl.errors import EvaluationError
 from mllm_cl.evaluation.prepared import Prepared
 from mllm_cl.evaluation.resampling import cluster_of
+from mllm_cl.evaluation.shared_prefix import SharedPrefix
 from mllm_cl.evaluation.vision_features import VisionFeatures
 from mllm_cl.model_section import InputSettings
 from mllm_cl.models.adapters import weighted
@@ -251,6 +252,7 @@ class Engine:
         self.config = GenerationConfig(**{**fields, **dict(settings.options)})
         stops = self.config.stop_strings
         self.stop_strings = (stops,) if isinstance(stops, str) else tuple(stops or ())
+        self.prefixes = SharedPrefix(model, collator, self.config)
 
     def answer(self, rows: list[Row], inputs: dict[str, Any]) -> list[str]:
         if len(rows) <= self.limit:
@@ -296,13 +298,13 @@ class Engine:
 
     def reply(self, rows: Sequence[Row], inputs: dict[str, Any]) -> list[str]:
         """Returns the answers to rows that share their adapters."""
-        return self._greedy(inputs)
+        return self._generated(rows, inputs)
 
     def on_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return {name: value.to(self.device) if torch.is_tensor(value) else value for name, value in inputs.items()}
 
     @torch.no_grad()
-    def _greedy(self, inputs: dict[str, Any]) -> list[str]:
+    def _generated(self, rows: Sequence[Row], inputs: dict[str, Any]) -> list[str]:
         if (inputs["attention_mask"][:, -1] == 0).any():
             raise EvaluationError(
                 "a batch is padded on the right, where its answers would begin.",
@@ -313,9 +315,11 @@ class Engine:
         if self.config.do_sample:  # the same batch draws the same, also when an evaluation was interrupted
             torch.manual_seed(self.seed + zlib.crc32(inputs["input_ids"].cpu().numpy().tobytes()))
         stopping = {"tokenizer": self.collator.processor.tokenizer} if self.stop_strings else {}
-        with with_prompts(self.model, inputs) as written:
-            tokens = self.model.generate(**written, generation_config=self.config, **stopping)
-        new = tokens[:, written["input_ids"].shape[1] :]  # (batch, longest answer)
+        new = self.prefixes.generate(rows, image_groups(rows), inputs, **stopping)  # (batch, longest answer)
+        if new is None:
+            with with_prompts(self.model, inputs) as written:
+                tokens = self.model.generate(**written, generation_config=self.config, **stopping)
+            new = tokens[:, written["input_ids"].shape[1] :]
         texts = self.collator.processor.batch_decode(new, skip_special_tokens=True)
         return [plain_text(_cut(text, self.stop_strings)) for text in texts]
 

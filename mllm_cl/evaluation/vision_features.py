@@ -41,12 +41,12 @@ def untouched(model: nn.Module) -> bool:
     return bool(modules) and not any(
         isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
         or is_parametrized(module)
-        or any(_may_change(hook) for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))
+        or any(may_change(hook) for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()))
         for module in modules
     )
 
 
-def _may_change(hook: Callable[..., Any]) -> bool:
+def may_change(hook: Callable[..., Any]) -> bool:
     """Whether a hook is any but the one that transformers leaves on a tower to note its hidden states."""
     return getattr(hook, "__module__", None) != _NOTES_HIDDEN_STATES
 

@@ -28,13 +28,13 @@ def answers(folder: Path) -> list[str]:
 def count(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows that were generated."""
     generated: list[int] = []
-    whole = engine.Engine._greedy
+    whole = engine.Engine._generated
 
-    def greedy(self: Any, inputs: dict[str, Any]) -> list[str]:
+    def greedy(self: Any, rows: Any, inputs: dict[str, Any]) -> list[str]:
         generated.append(len(inputs["input_ids"]))
-        return whole(self, inputs)
+        return whole(self, rows, inputs)
 
-    monkeypatch.setattr(engine.Engine, "_greedy", greedy)
+    monkeypatch.setattr(engine.Engine, "_generated", greedy)
     return generated
 
 
@@ -93,14 +93,14 @@ def test_only_what_changed_is_measured_again(
 def test_a_raising_model_ends_with_another_exit_code(
     evaluate: Call, fixture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = engine.Engine._greedy
+    whole = engine.Engine._generated
 
-    def greedy(self: Any, inputs: dict[str, Any]) -> list[str]:
+    def greedy(self: Any, rows: Any, inputs: dict[str, Any]) -> list[str]:
         if inputs["pixel_values"][:, 0].mean() > inputs["pixel_values"][:, 2].mean():
             raise RuntimeError("red is too much")
-        return whole(self, inputs)
+        return whole(self, rows, inputs)
 
-    monkeypatch.setattr(engine.Engine, "_greedy", greedy)
+    monkeypatch.setattr(engine.Engine, "_generated", greedy)
     outcome = evaluate(fixture_folder, "--batch_size", "1", tasks="colour", code=1)
     assert "failed: " in outcome.err
     assert "colour: 2 rows could not be answered (colour-test-0, colour-test-2)" in outcome.err
@@ -109,7 +109,7 @@ def test_a_raising_model_ends_with_another_exit_code(
     assert (content["score"], content["n_failed"]) == (None, 2)
     evaluate(fixture_folder, "--batch_size", "1", "--allow_failures", tasks="colour")
     assert result(tmp_path / "out" / "colour")["n"] == 2
-    monkeypatch.setattr(engine.Engine, "_greedy", whole)
+    monkeypatch.setattr(engine.Engine, "_generated", whole)
     evaluate(fixture_folder, "--batch_size", "1", tasks="colour")
     assert result(tmp_path / "out" / "colour")["n"] == 4
 
