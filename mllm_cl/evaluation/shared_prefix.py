@@ -7,8 +7,8 @@ parts lies the padding of the rest, which the attention mask hides and which cou
 This is right where a token depends on the tokens before it alone, all of them. Refused by rule: inputs beyond tokens,
 mask and images (bidirectional prefixes, cross-attention), caches that do not keep all keys and values (linear attention,
 windows shorter than the rows), hooks, which may read a whole row (gated experts, soft prompts), sampling and beams. And
-before anything is shared, a few rows are answered both ways, for every checkpoint and task: where the logits of a step
-differ by more than rounding, nothing is.
+before a model shares anything for the first time, a few rows are answered both ways: where the logits of a step differ by
+more than rounding, nothing is.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import PeftModel
@@ -35,7 +36,9 @@ _PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids")
 _POSITIONS = ("image_grid_thw",)  # says where the tokens behind an image are, too
 _USED_UP = ("pixel_values", "pixel_attention_mask", "image_sizes", "batch_num_images")
 _WORTH = 0.8  # share of the tokens above which passing them in two parts is not worth it
-_COMPARED = 2  # rows of one image, and as many of the others
+
+_agreed: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""What the comparison said of a model. It depends on how the model computes, not on its weights."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,6 @@ class SharedPrefix:
             and not any(layer._forward_pre_hooks for layer in model.modules())
             and not any(may_change(hook) for layer in model.modules() for hook in layer._forward_hooks.values())
         )
-        self._compared = False
 
     def generate(
         self, rows: Sequence[Row], groups: Sequence[int], inputs: dict[str, Any], **options: Any
@@ -151,10 +153,10 @@ class SharedPrefix:
         split = self._split(groups, inputs) if self.possible else None
         if split is None or split.passed > _WORTH * inputs["input_ids"].numel():
             return None
-        if not self._compared:
-            self._compared = True
-            self.possible = self._agrees(rows, groups, inputs, **options)
-        output = self._in_two_parts(rows, split, inputs, self.config, **options) if self.possible else None
+        if self.model not in _agreed:
+            _agreed[self.model] = self._agrees(rows, groups, inputs, **options)
+        agreed = _agreed[self.model]
+        output = self._in_two_parts(rows, split, inputs, self.config, **options) if agreed else None
         if output is None:
             return None
         self.rows += len(rows)
@@ -189,7 +191,7 @@ class SharedPrefix:
         shared = next(group for group in groups if groups.count(group) > 1)
         own = [row for row, group in enumerate(groups) if group == shared]
         others = [row for row, group in enumerate(groups) if group != shared]
-        few = own[:_COMPARED] + others[-_COMPARED:]
+        few = own[:2] + others[-1:]
         inputs = {name: inputs[name][few] for name in _PER_TOKEN if name in inputs} | self._pictures(rows, inputs, few)
         split = self._split([groups[row] for row in few], inputs)
         assert split is not None  # the batch could be split

@@ -99,7 +99,7 @@ def test_a_stray_cache_is_noticed(
     monkeypatch.setattr(DynamicCache, "batch_select_indices", lambda self, places: select(self, places.flip(0)))
     assert generate(model, processor, rows, SETTINGS) == expected
     assert made[-1].rows == 0
-    assert not made[-1].possible
+    assert not shared_prefix._agreed[model]
 
 
 def test_adapters_share_and_what_reads_whole_rows_does_not(
