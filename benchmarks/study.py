@@ -6,12 +6,13 @@
     python benchmarks/study.py --output runs/study --report-only      # only the page, from the runs that exist
 
 Chapters: `pilot` (SAC variants on the same pair of checkpoints, at equal update norm), `presets` (UIR presets and
-weights), `chain` (SAC variants with UIR in the loop), `rates` (a learning rate for each method), `streams` (the default
-against the other methods on three streams, two orders; at one learning rate and at each method's own), `pretraining` (the
-general mixture source by source, from a model that can only describe pictures), `together` (with a small replay, with
-per-task adapters), `spectra` (singular values of the updates).
-Choices are made on validation splits (`pilot`, `presets`, `chain`, `rates`), with half of the quickstart stream's
-training rows; `streams`, `pretraining` and `together` report on test splits, with all of them.
+weights), `chain` (SAC variants with UIR in the loop), `rates` (a learning rate for each method), `batches` (rows per step,
+that is more and smaller steps on the same rows), `streams` (the default against the other methods on three streams, two
+orders; with the same training for all and with each method's own), `pretraining` (the general mixture source by source,
+from a model that can only describe pictures), `together` (with a small replay, with per-task adapters), `spectra`
+(singular values of the updates).
+Choices are made on validation splits (`pilot`, `presets`, `chain`, `rates`, `batches`), with half of the quickstart
+stream's training rows; `streams`, `pretraining` and `together` report on test splits, with all of them.
 """
 
 from __future__ import annotations
@@ -82,9 +83,17 @@ METHODS: dict[str, list[Any]] = {
     "replay 1 %": [{"replay": {"size": 38, "share": 0.25, "policy": "balanced"}}],
     "replay 5 %": [{"replay": {"size": 192, "share": 0.25, "policy": "balanced"}}],
 }
-RATES = (1e-3, 2e-3, 5e-3, 1e-2)
-# a method's best learning rate in the chapter `rates`, where it is another than everybody's
-TUNED = {"finetune": 2e-3, "replay 5 %": 2e-3, "ModelMix": 1e-3, "ewc": 2e-3}
+RATE, BATCH = "learning_rate", "per_device_train_batch_size"
+SHOWN = {RATE: "learning rate", BATCH: "batch"}
+RATES, BATCHES = (1e-3, 2e-3, 5e-3, 1e-2), (8, 4)
+# a method's best training in the chapters `rates` and `batches`, where it is another than everybody's
+TUNED: dict[str, dict[str, float]] = {
+    "finetune": {RATE: 2e-3},
+    "replay 5 %": {RATE: 2e-3},
+    "ModelMix": {RATE: 1e-3},
+    "ewc": {RATE: 2e-3},
+    "LLaVA-c (SAC + UIR)": {BATCH: 4},
+}
 TOGETHER: dict[str, list[Any]] = {
     "LLaVA-c (SAC + UIR)": [SAC, UIR],
     "LLaVA-c + replay 1 %": [SAC, UIR, METHODS["replay 1 %"][0]],
@@ -122,23 +131,27 @@ def jobs_of(
     ]
 
 
-def at_rate(job: Job, rate: float) -> Job:
-    """The same run with another learning rate, which its label names."""
-    training = {**job.changes.get("training", {}), "learning_rate": rate}
-    return replace(job, label=f"{job.label}, learning rate {rate:g}", changes=job.changes | {"training": training})
+def retrained(job: Job, settings: dict[str, float]) -> Job:
+    """The same run with other training settings, which its label names."""
+    label = ", ".join([job.label, *(f"{SHOWN[name]} {value:g}" for name, value in settings.items())])
+    training = {**job.changes.get("training", {}), **settings}
+    return replace(job, label=label, changes=job.changes | {"training": training})
 
 
 def chapters(output: Path, seeds: Sequence[int]) -> dict[str, list[Job]]:
     """The runs of each chapter that consists of runs."""
     one, given, both = ("quickstart",), ("given",), ("given", "reversed")
     choosing: dict[str, Any] = {"split": "validation", "streams": one, "orders": given, "changes": HALF}
-    rates = jobs_of({label: METHODS[label] for label in METHODS if label != "single"}, seeds=seeds[:1], **choosing)
+    several = {label: METHODS[label] for label in METHODS if label != "single"}
+    rates = jobs_of(several, seeds=seeds[:1], **choosing)
+    batches = jobs_of(several, seeds=seeds, **choosing)
     streams = jobs_of(METHODS, seeds=seeds, split="test", streams=tuple(TASKS), orders=both)
     return {
         "presets": jobs_of(PRESETS, seeds=seeds[:1], **choosing),
         "chain": jobs_of(CHAIN, seeds=seeds, **choosing),
-        "rates": [at_rate(job, rate) for job in rates for rate in RATES],
-        "streams": [*streams, *(at_rate(job, TUNED[job.label]) for job in streams if job.label in TUNED)],
+        "rates": [retrained(job, {RATE: rate}) for job in rates for rate in RATES],
+        "batches": [retrained(job, {BATCH: batch}) for job in batches for batch in BATCHES],
+        "streams": [*streams, *(retrained(job, TUNED[job.label]) for job in streams if job.label in TUNED)],
         "pretraining": pretraining_jobs(output.resolve(), seeds),
         "together": jobs_of(TOGETHER, seeds=seeds, split="test", streams=one, orders=given),
     }
@@ -185,7 +198,7 @@ def put(text: str, name: str, lines: Sequence[str]) -> str:
 
 
 def main() -> None:
-    known = ("pilot", "presets", "chain", "rates", "streams", "pretraining", "together", "spectra")
+    known = ("pilot", "presets", "chain", "rates", "batches", "streams", "pretraining", "together", "spectra")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/study"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -203,7 +216,7 @@ def main() -> None:
         "spectra": lambda: spectra_rows(given.output / "pair"),
         **{
             name: lambda name=name: results(planned[name], given.output)
-            for name in ("presets", "chain", "rates", "together")
+            for name in ("presets", "chain", "rates", "batches", "together")
         },
         **{name: lambda name=name: by_setting(planned[name], given.output) for name in ("streams", "pretraining")},
     }
