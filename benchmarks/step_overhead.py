@@ -62,7 +62,9 @@ def task_of(rows: int) -> Task:
     """Real rows of the quickstart stream, as many as asked for."""
     found = build_task("digit-parity")["train"]
     if len(found) < rows:
-        raise SystemExit(f"--rows {rows}: the task has {len(found)} rows; ask for no more, or the variants differ in rows.")
+        raise SystemExit(
+            f"--rows {rows}: the task has {len(found)} rows; ask for no more, or the variants differ in rows."
+        )
     return Task("rows", found[:rows], test=())
 
 

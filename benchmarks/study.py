@@ -85,14 +85,15 @@ METHODS: dict[str, list[Any]] = {
 }
 RATE, BATCH = "learning_rate", "per_device_train_batch_size"
 SHOWN = {RATE: "learning rate", BATCH: "batch"}
-RATES, BATCHES = (1e-3, 2e-3, 5e-3, 1e-2), (8, 4)
+RATES = (1e-3, 2e-3, 5e-3, 1e-2)
+BATCHES: tuple[dict[str, float], ...] = ({BATCH: 8}, {BATCH: 4}, {RATE: 3e-3, BATCH: 4})
 # a method's best training in the chapters `rates` and `batches`, where it is another than everybody's
 TUNED: dict[str, dict[str, float]] = {
     "finetune": {RATE: 2e-3},
     "replay 5 %": {RATE: 2e-3},
     "ModelMix": {RATE: 1e-3},
     "ewc": {RATE: 2e-3},
-    "LLaVA-c (SAC + UIR)": {BATCH: 4},
+    "LLaVA-c (SAC + UIR)": {RATE: 3e-3, BATCH: 4},
 }
 TOGETHER: dict[str, list[Any]] = {
     "LLaVA-c (SAC + UIR)": [SAC, UIR],
@@ -150,7 +151,7 @@ def chapters(output: Path, seeds: Sequence[int]) -> dict[str, list[Job]]:
         "presets": jobs_of(PRESETS, seeds=seeds[:1], **choosing),
         "chain": jobs_of(CHAIN, seeds=seeds, **choosing),
         "rates": [retrained(job, {RATE: rate}) for job in rates for rate in RATES],
-        "batches": [retrained(job, {BATCH: batch}) for job in batches for batch in BATCHES],
+        "batches": [retrained(job, settings) for job in batches for settings in BATCHES],
         "streams": [*streams, *(retrained(job, TUNED[job.label]) for job in streams if job.label in TUNED)],
         "pretraining": pretraining_jobs(output.resolve(), seeds),
         "together": jobs_of(TOGETHER, seeds=seeds, split="test", streams=one, orders=given),

@@ -100,8 +100,12 @@ def fitting_rank(recipe: Recipe, stream: Stream, model: PreTrainedModel, process
     return largest_rank(budget, parameters // PROBE_RANK, extra)
 
 
-def fitting_steps(budget: BudgetSection, trainer: ContinualTrainer, trained: Sequence[dict[str, Any]]) -> int:
-    """Returns how many optimizer steps of a task fit into `budget.kind: flops`.
+def fitting_steps(
+    budget: BudgetSection, trainer: ContinualTrainer, trained: Sequence[dict[str, Any]]
+) -> tuple[int, int]:
+    """Returns how many optimizer steps of a task fit into `budget.kind: flops`, and the FLOPs of its preparations.
+
+    Both are those of all processes together, and the same on each.
 
     Each stage may use `value` FLOPs and what earlier ones have left of theirs (or have used too much: they are counted
     when they are done). From that go the preparations of this task, which are done, and what the stage before spent
@@ -131,4 +135,4 @@ def fitting_steps(budget: BudgetSection, trainer: ContinualTrainer, trained: Seq
             expected=f"a budget.value of at least {budget.value + step - room}, for one step of this task",
             fix="raise budget.value for all methods that are compared.",
         )
-    return room // step
+    return room // step, prepared

@@ -49,11 +49,11 @@ def build_methods(recipe: Recipe) -> list[Method]:
     _check_needs(methods, policy)
     started = launcher(recipe.training)
     check_launcher(started, recipe.model.quantization)
-    if recipe.budget is not None and recipe.budget.kind == "flops" and started != "single":
+    if recipe.budget is not None and recipe.budget.kind == "flops" and started not in ("single", "ddp"):
         raise RecipeError(
-            f"budget.kind: flops does not work with {started} (counting the steps that fit has been tested on one process only).",
-            expected="one process, or another budget",
-            fix="start one process, or use trainable_parameters or stored_bytes.",
+            f"budget.kind: flops does not work with {started} (its layers hold parts of the weights while work is counted).",
+            expected="one process or ddp, or another budget",
+            fix="start with ddp, or use trainable_parameters or stored_bytes.",
         )
     if recipe.training.get("auto_find_batch_size") and started not in ("single", "ddp"):
         raise RecipeError(

@@ -181,9 +181,13 @@ class Run:
         planned = self.ledger.find("budget", stage=stage)
         if planned is None:
             before = [entry for entry in map(self._trained, range(1, stage)) if entry is not None]
-            planned = {"steps": fitting_steps(budget, trainer, before), "flops": trainer.ctx.cost["flops"]}
+            steps, prepared = fitting_steps(budget, trainer, before)
+            planned = {"steps": steps, "flops": prepared}
             self.ledger.append("budget", stage=stage, **planned)
-        trainer.args.max_steps, trainer.ctx.cost["flops"] = planned["steps"], planned["flops"]
+        trainer.args.max_steps = planned["steps"]
+        trainer.ctx.cost["flops"] = (
+            planned["flops"] if self.state.is_main_process else 0
+        )  # the ledger adds processes up
 
     def _write_stage(self, stage: int, task: Task, facts: dict[str, Any]) -> None:
         folder = self.folder.stage(self._name(stage))

@@ -240,8 +240,8 @@ def test_accelerate_reads_the_shipped_configurations(name, monkeypatch):
     assert (name in REFUSED) == ("REFUSED" in (RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("name", ["ddp", "zero1", "fsdp2"])
-def test_a_budget_of_flops_is_for_one_process(monkeypatch, name):
+@pytest.mark.parametrize("name", ["zero1", "fsdp2"])
+def test_a_budget_of_flops_is_for_whole_weights(monkeypatch, name):
     asked = recipe(budget={"kind": "flops", "value": 10**9})
     build_methods(asked)
     start(monkeypatch, name)

@@ -123,7 +123,9 @@ def test_rehearsing_a_step_changes_nothing(recipe_for):
         )
         most = max(stage["flops"] for stage in free)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("mllm_cl.training.loop.fitting_steps", lambda budget, trainer, _: trainer.rehearse() or 2)
+            patch.setattr(
+                "mllm_cl.training.loop.fitting_steps", lambda budget, trainer, _: trainer.rehearse() or (2, 0)
+            )
             held = trained_stages(
                 run_stream(
                     recipe_for(

@@ -66,11 +66,13 @@ VARIANTS |= {
     if isinstance(options, str) and "TEXT" not in one and not name.endswith("4bit")
     for kind in ("4bit", "8bit")
 }
-LOOKED_AT = ("inquiry_regularization", "ewc", "replay")  # by the tests that are not about every variant
+LOOKED_AT = ("inquiry_regularization", "ewc", "replay", "within flops")  # by the tests that are not about every variant
 EVERY_VARIANT = [
     *PER_COMMIT,
     *(pytest.param(name, marks=pytest.mark.weekly) for name in VARIANTS if name not in PER_COMMIT),
 ]
+FLOPS = ("budget.kind=flops", "budget.value=6e8")
+VARIANTS["within flops"] = ("inquiry_regularization", (*FLOPS, *ONE), (*FLOPS, *TWO))  # steps need not be as many
 FSDP = {"ACCELERATE_USE_FSDP": "true"}  # what `accelerate launch` sets for recipes/accelerate/fsdp2.yaml
 SHARDED_TEST = "test_weights_in_shards_learn_what_whole_weights_learn"
 SHARDED = ("finetune", "replay", "spectral_consolidation")
@@ -200,6 +202,16 @@ def test_two_processes_answer_what_one_answers(name, both):
         pairs += [(first["prediction"], second["prediction"]) for first, second in zip(*lines)]
     different = [pair for pair in pairs if pair[0] != pair[1]]
     assert len(different) <= 0.1 * len(pairs)  # a tie may fall either way
+
+
+def test_a_budget_of_flops_counts_all_processes(both):
+    """Two use up what one uses up, up to a step each; a step of two has less padding, as each pads its own rows."""
+    for folder in both["folders"]["within flops"]:
+        entries = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+        stages = [entry for entry in entries if entry["event"] == "stage_trained"]
+        planned = [entry["steps"] for entry in entries if entry["event"] == "budget"]
+        assert [stage["steps"] for stage in stages] == planned
+        assert sum(stage["flops"] for stage in stages) == pytest.approx(2 * 6e8, rel=0.1)
 
 
 def test_terms_in_the_log_are_averaged_over_processes(both):
