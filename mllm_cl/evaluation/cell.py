@@ -29,7 +29,7 @@ from mllm_cl.evaluation.engine import Failed, GenerationSettings, Route, generat
 from mllm_cl.evaluation.likelihood import Ranker
 from mllm_cl.evaluation.prepared import Prepared
 from mllm_cl.evaluation.scorers import CHOICE_LIKELIHOOD, scorer_identity
-from mllm_cl.evaluation.scoring import cluster_numbers, score_answers, scorer_fields
+from mllm_cl.evaluation.scoring import check_fields, cluster_numbers, score_answers, scorer_fields
 from mllm_cl.files import explained, write_json, write_text
 from mllm_cl.model_section import InputSettings
 
@@ -133,6 +133,8 @@ def evaluate_cell(
             expected="ids that are unique within a task, since answers are kept by id",
             fix="give every row its own id.",
         )
+    if metric is not None:
+        check_fields(metric, rows)
     state = PartialState()
     finished = read_result(folder, key)
     if finished is not None and finished.n_failed and not allow_failures:

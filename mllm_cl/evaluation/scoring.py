@@ -42,9 +42,10 @@ def score_answers(metric: str, rows: Sequence[Row], answers: Sequence[str]) -> S
     """Scores the answers to rows, given in the order of the rows.
 
     Raises:
-        EvaluationError: no such metric, a row without references, or a score that cannot be computed here.
+        EvaluationError: no such metric, a row without what it needs, or a score that cannot be computed here.
     """
     name, entry = find_metric(metric)
+    check_fields(metric, rows)
     references = [_references(row) for row in rows]
     clusters = [cluster_of(row) for row in rows]
     common: dict[str, Any] = {
@@ -63,6 +64,23 @@ def score_answers(metric: str, rows: Sequence[Row], answers: Sequence[str]) -> S
     stderr = None if estimate.stderr is None else entry.scale * estimate.stderr
     metrics = {name: {"value": estimate.mean, "stderr": estimate.stderr}}
     return Scored(entry.scale * estimate.mean, stderr, scores, metrics, **common)
+
+
+def check_fields(metric: str, rows: Sequence[Row]) -> None:
+    """Refuses rows that lack a field which the metric reads; without generating an answer first.
+
+    Raises:
+        EvaluationError: there is one.
+    """
+    name, entry = find_metric(metric)
+    for row in rows:
+        for key, values in entry.fields.items():
+            if row.get(key) not in values:
+                raise EvaluationError(
+                    f"row {row['id']}: metric {name} reads `{key}`, which is {row.get(key)!r}.",
+                    expected=f"one of {', '.join(values)}",
+                    fix=f"give every row its `{key}`, or choose another metric.",
+                )
 
 
 def tally_of(

@@ -125,6 +125,13 @@ def test_the_mean_of_seven_needs_meteor(monkeypatch):
         score_answers("ucit_caption", rows, ["a cat", "a dog"])
 
 
+def test_a_metric_refuses_rows_that_lack_what_it_reads():
+    rows = [row("1", ["red"], answer_form="short"), row("2", ["red"])]
+    with pytest.raises(EvaluationError, match=r"(?s)row 2: metric mif reads `answer_form`, which is None.*caption"):
+        score_answers("mif", rows, ["red", "red"])
+    assert score_answers("mif", rows[:1], ["a long and wrong answer"]).value == 0
+
+
 def test_paired_bootstrap_of_a_set_score():
     rng = np.random.default_rng(2)
     labels = ["yes" if rng.random() < 0.5 else "no" for _ in range(300)]

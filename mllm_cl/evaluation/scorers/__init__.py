@@ -12,7 +12,8 @@ stands for a benchmark under which profile, as in `pope:llava`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol
 
 from mllm_cl.errors import EvaluationError, suggest
@@ -54,6 +55,7 @@ class ScorerEntry(NamedTuple):
         version: raised whenever a score can change; part of every cache key.
         scale: what a score is multiplied by in a report: 100 for percent, 1 for points.
         needs_java: it is nothing without METEOR, which needs Java and the extra `[caption]`.
+        fields: row fields without which a score means nothing, each with the values it may have.
     """
 
     scorer: Callable[..., Any]
@@ -63,6 +65,7 @@ class ScorerEntry(NamedTuple):
     version: int = 1
     scale: float = 100.0
     needs_java: bool = False
+    fields: Mapping[str, Sequence[str]] = MappingProxyType({})
 
 
 CHOICE_LIKELIHOOD = "choice_likelihood"
@@ -149,7 +152,12 @@ SCORERS: dict[str, ScorerEntry] = {
     "edit_similarity": _E(overlap.edit_similarity, "share of characters in matching blocks", "trace"),
     "first_letter": _E(overlap.first_letter, "option letter in front, rationale aside", "trace"),
     "sari": _E(overlap.sari, "words added, kept and deleted against the text that was simplified", "trace"),
-    "mif": _E(format_following.mif, "the answer has the form that was asked for", "smolora"),
+    "mif": _E(
+        format_following.mif,
+        "the answer has the form that was asked for",
+        "smolora",
+        fields={"answer_form": format_following.FORMS},
+    ),
     # captions
     "coco_caption": _E(_A(caption_scorers.coco_caption, "CIDEr"), "seven caption metrics", "official", "aggregate", 2),
     "ucit_caption": _E(

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 from mllm_cl.evaluation.scorers.references import accepted
 
+FORMS = ("letter", "short", "caption")
+
 
 def mif(prediction: str, references: Sequence[str], answer_form: object = None, **row_fields: object) -> float:
     """Returns 1.0 for an answer in form, else 0.0.
