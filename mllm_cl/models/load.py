@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     BitsAndBytesConfig,
+    PretrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
 )
@@ -92,6 +93,18 @@ def load_from_section(section: ModelSection) -> tuple[PreTrainedModel, Processor
         prompt_profile=section.prompt_profile,
         inputs=section.inputs,
     )
+
+
+def config_of_section(section: ModelSection) -> PretrainedConfig:
+    """Returns the configuration of a recipe's model; no weights are read.
+
+    Raises:
+        ModelError: there is none.
+    """
+    with _explained(section.name_or_path):
+        return AutoConfig.from_pretrained(
+            resolve_model(section.name_or_path), **_settings(section.revision, section.trust_remote_code)
+        )
 
 
 def empty_model(section: ModelSection) -> PreTrainedModel:

@@ -20,28 +20,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from mllm_cl.errors import ModelError
-
 
 class Shards:
     """The shards of one model over all processes; the weights are whole until `sharded` is entered.
 
     Args:
         model: with its adapters, on its device; every process has the same weights.
-
-    Raises:
-        ModelError: its layers are not run equally often on all processes.
     """
 
     def __init__(self, model: PeftModel) -> None:
         base: Any = model.get_base_model()
         decoder = base.get_decoder()
-        if getattr(base.config.get_text_config(), "cross_attention_layers", None):
-            raise ModelError(
-                "fsdp2: this model skips its cross-attention layers for rows without images.",
-                expected="a model whose layers are all run for every batch: the processes gather them together",
-                fix="start with ddp.",
-            )
         mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
         layers = [layer for stack in _stacks(decoder) for layer in stack]
         trained = {parameter for name, parameter in model.named_parameters() if ".lora_" in name}

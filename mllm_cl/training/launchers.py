@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mllm_cl.errors import RecipeError
+from mllm_cl.errors import ModelError, RecipeError
 
 LAUNCHERS = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 QUANTIZATIONS = (None, "4bit", "8bit")
@@ -111,3 +111,19 @@ def check_launcher(started: str, quantization: str | None) -> None:
         "gradient_accumulation_steps with smaller batches, model.quantization. "
         "See docs/compatibility.md.",
     )
+
+
+def check_layers(config: Any, started: str) -> None:
+    """Refuses a model, by its configuration, whose layers are not run equally on all processes.
+
+    FSDP2 gathers each layer when it is run, DeepSpeed adds gradients up in the order of the layers.
+
+    Raises:
+        ModelError: it is one.
+    """
+    if started in SHARDED and getattr(config.get_text_config(), "cross_attention_layers", None):
+        raise ModelError(
+            f"{started}: this model skips its cross-attention layers for rows without images.",
+            expected="a model whose layers are all run for every batch, on all processes",
+            fix="start with ddp.",
+        )

@@ -32,7 +32,7 @@ from mllm_cl.files import explained, folder_bytes, folder_sha256, new_folder, re
 from mllm_cl.methods import Method
 from mllm_cl.model_section import AUTO
 from mllm_cl.models.extra_parameters import attached
-from mllm_cl.models.load import base_fingerprint, load_from_section
+from mllm_cl.models.load import base_fingerprint, config_of_section, load_from_section
 from mllm_cl.recipe import Recipe
 from mllm_cl.streams import Stream, Task, load_benchmark, stream_of_section
 from mllm_cl.streams.fingerprint import digest_rows
@@ -42,14 +42,14 @@ from mllm_cl.training.budget import check_stored, check_trainable, fitting_rank,
 from mllm_cl.training.capabilities import PROBE_RANK, build_methods, check_stream
 from mllm_cl.training.checkpoint import last_checkpoint
 from mllm_cl.training.flops import Work
-from mllm_cl.training.launchers import hidden_from_accelerate, launcher
+from mllm_cl.training.launchers import check_layers, hidden_from_accelerate, launcher
 from mllm_cl.training.learner import Learner
 from mllm_cl.training.ledger import Ledger
 from mllm_cl.training.progress import Progress, Silent, StepProgress
 from mllm_cl.training.run_folder import RunFolder, environment, find_run, start_run
 from mllm_cl.training.seeds import derived_seed
 from mllm_cl.training.trainer import ContinualTrainer
-from mllm_cl.training.zero import STAGES, check_layers, zero_section
+from mllm_cl.training.zero import STAGES, zero_section
 
 COUNTED_ROWS = ("inquiry_rows", "memory_rows", "reference_rows")
 """Rows beside those of the task, as methods count them in `ctx.cost`."""
@@ -105,9 +105,9 @@ class Run:
         self.folder = find_run(recipe)  # all processes check before one of them writes
         self.ledger = Ledger(self.folder.ledger, writable=self.state.is_main_process)
         self._check_ledger("stream_fingerprint", stream.fingerprint, "the rows of the stream")
+        check_layers(config_of_section(recipe.model), started)
         with progress.waiting("loading the model"):
             model, self.processor = load_from_section(recipe.model)
-        check_layers(model.config, started)
         self.base = base_fingerprint(model)
         self._check_ledger("base_fingerprint", self.base, "the weights of the base model")
         self._check_processes()

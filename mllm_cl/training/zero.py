@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 from transformers.integrations.deepspeed import propagate_args_to_deepspeed, unset_hf_deepspeed_config
 
-from mllm_cl.errors import ModelError, RecipeError
+from mllm_cl.errors import RecipeError
 from mllm_cl.recipe import Recipe
 from mllm_cl.training.launchers import deepspeed_config
 
@@ -92,20 +92,6 @@ def zero_section(training: Mapping[str, Any], started: str) -> dict[str, Any]:
             fix="remove these settings.",
         )
     return {"stage": STAGES[started], **{key: given[key] for key in _SIZES if key in given}}
-
-
-def check_layers(config: Any, started: str) -> None:
-    """Refuses a model, by its configuration, whose layers are not run equally on all processes.
-
-    Raises:
-        ModelError: it is one.
-    """
-    if started in STAGES and getattr(config.get_text_config(), "cross_attention_layers", None):
-        raise ModelError(
-            f"{started}: this model skips its cross-attention layers for rows without images.",
-            expected="a model whose layers are all run for every batch: DeepSpeed adds gradients up by their order",
-            fix="start with ddp.",
-        )
 
 
 @contextlib.contextmanager

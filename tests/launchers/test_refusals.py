@@ -22,6 +22,8 @@ from mllm_cl.training.launchers import (
     LAUNCHERS,
     QUANTIZATIONS,
     REFUSED,
+    SHARDED,
+    check_layers,
     hidden_from_accelerate,
     launcher,
     refusal,
@@ -192,9 +194,10 @@ def test_layers_that_rows_without_images_skip_are_refused():
         def get_text_config(self):
             return self
 
-    zero.check_layers(Config(), "ddp")
-    with pytest.raises(ModelError, match="zero1: this model skips"):
-        zero.check_layers(Config(), "zero1")
+    check_layers(Config(), "ddp")
+    for name in SHARDED:
+        with pytest.raises(ModelError, match=f"{name}: this model skips"):
+            check_layers(Config(), name)
 
 
 def test_missing_bitsandbytes_is_refused_before_loading(monkeypatch):

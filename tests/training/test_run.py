@@ -11,8 +11,9 @@ import pytest
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import MllamaConfig
 
-from mllm_cl.errors import RunError, StreamError
+from mllm_cl.errors import ModelError, RunError, StreamError
 from mllm_cl.models.load import load_model
 from mllm_cl.models.tiny import build_fixture
 from mllm_cl.training.ledger import Ledger
@@ -298,3 +299,14 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path):
     assert [entry["event"] for entry in Ledger(path).entries] == ["started", "cell"]
     assert again.find("cell", stage=1) is not None
     assert again.find("cell", stage=2) is None
+
+
+def test_layers_that_not_all_processes_run_are_refused_before_loading(monkeypatch, recipe_for, tmp_path):
+    """Mllama skips layers for rows without images; its configuration is enough to know."""
+    MllamaConfig(text_config={"cross_attention_layers": [1], "num_hidden_layers": 2}).save_pretrained(
+        tmp_path / "mllama"
+    )
+    monkeypatch.setattr("mllm_cl.training.loop.launcher", lambda training: "fsdp2")
+    asked = recipe_for("finetune", f"model.name_or_path={tmp_path / 'mllama'}")
+    with pytest.raises(ModelError, match="fsdp2: this model skips"):
+        run_stream(asked)
