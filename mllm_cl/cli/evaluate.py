@@ -158,6 +158,8 @@ def evaluate(
         raise typer.BadParameter("cannot be given with --predict_only", param_hint="--metric")
     if verbosity.upper() not in VERBOSITY:
         raise typer.BadParameter(f"{verbosity!r} is none of {', '.join(VERBOSITY)}", param_hint="--verbosity")
+    if not -(2**63) <= seed < 2**63:
+        raise typer.BadParameter(f"{seed} does not fit into 64 bits", param_hint="--seed")
     logging.getLogger("mllm_cl").setLevel(verbosity.upper())
     wanted, rows_per_batch = limit_of(limit), batch_size_of(batch_size, max_batch_size)
     options = generation_options(gen_kwargs)
@@ -274,13 +276,14 @@ def score_again(
 ) -> None:
     """Score written predictions again, without a model."""
     from mllm_cl.cli.display import say, show_table
-    from mllm_cl.evaluation.rescoring import find_predictions, read_predictions, rescore
+    from mllm_cl.evaluation.rescoring import distinct_names, find_predictions, read_predictions, rescore
     from mllm_cl.files import write_json
     from mllm_cl.reporting.formatting import score
 
     rows = [["predictions", "metric", "profile", "score", "rows"]]
     contents = [read_predictions(path) for place in predictions for path in find_predictions(place)]
-    for content, (name, scored) in [(content, rescore(content, metric, profile)) for content in contents]:
+    scores = [rescore(content, metric, profile) for content in contents]
+    for content, folder, (name, scored) in zip(contents, distinct_names(contents), scores):
         path = content.path
         rows.append([str(path), name, scored.profile, score(scored.value, scored.stderr), str(len(content.lines))])
         if output_path is not None:
@@ -297,7 +300,7 @@ def score_again(
                 "metrics": {key: dict(value) for key, value in scored.metrics.items()},
                 "predictions": str(path),
             }
-            write_json(output_path / content.name / f"{scored.identity.replace('/', '-')}.json", result)
+            write_json(output_path / folder / f"{scored.identity.replace('/', '-')}.json", result)
     show_table(rows, "scored again, percent ± standard error")
     if output_path is not None:
         say(f"results: {output_path}")

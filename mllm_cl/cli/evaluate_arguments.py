@@ -79,7 +79,7 @@ def batch_size_of(text: str, largest: int | None = None) -> int | Literal["auto"
     """Returns rows per batch; `auto` with a largest size begins there."""
     if text == "auto":
         return "auto" if largest is None else largest
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise typer.BadParameter(f"{text!r} is neither `auto` nor a number of rows", param_hint="--batch_size")
     return int(text)
 
@@ -92,7 +92,7 @@ def limit_of(text: str | None) -> int | float | None:
         value = float(text)
     except ValueError:
         value = -1.0
-    if value <= 0 or (value >= 1 and value != int(value)):
+    if not 0 < value < math.inf or (value >= 1 and not value.is_integer()):
         raise typer.BadParameter(f"{text!r} is neither a number of rows nor a share below 1", param_hint="--limit")
     return value if value < 1 else int(value)
 
@@ -124,11 +124,17 @@ def generation_options(text: str | None) -> dict[str, Any]:
         except ValueError:
             kind = OPTIONS[key].__name__
             raise typer.BadParameter(f"{key}={value!r} is no {kind}", param_hint="--gen_kwargs") from None
+        if OPTIONS[key] is float and not math.isfinite(options[key]):
+            raise typer.BadParameter(f"{key}={value} is no finite number", param_hint="--gen_kwargs")
         if key in LEAST and not LEAST[key] <= options[key] <= (1 if key == "top_p" else math.inf):
             bound = "between 0 and 1" if key == "top_p" else f"at least {LEAST[key]}"
             raise typer.BadParameter(f"{key}={value} has to be {bound}", param_hint="--gen_kwargs")
+        if key == "repetition_penalty" and options[key] == 0:  # every score is divided by it
+            raise typer.BadParameter(f"{key}={value} has to be above 0", param_hint="--gen_kwargs")
     if "until" in options:
         options["stop_strings"] = tuple(options.pop("until").split("|"))
+        if "" in options["stop_strings"]:  # it stands in front of every answer
+            raise typer.BadParameter("until has an empty stop string", param_hint="--gen_kwargs")
     if options.get("temperature") == 0:  # what other harnesses call greedy
         options |= {"do_sample": False, "temperature": 1.0}
     return options

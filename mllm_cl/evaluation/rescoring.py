@@ -7,6 +7,7 @@ data set nor the images are opened, and the order of the lines does not matter.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,12 @@ from mllm_cl.evaluation.scorers import BENCHMARK_SCORERS, CHOICE_LIKELIHOOD
 from mllm_cl.evaluation.scoring import Scored, score_answers
 
 PREDICTIONS = "predictions.jsonl"
-_KINDS = {str: "a text", list: "a list of accepted answers", dict: "names and values"}
+_KINDS = {
+    "id": ((str, int), "a text or a number"),
+    "prediction": (str, "a text"),
+    "references": (list, "a list of accepted answers"),
+    "fields": (dict, "names and values"),
+}
 
 
 @dataclass(frozen=True)
@@ -68,17 +74,22 @@ def read_predictions(path: Path) -> Predictions:
             continue
         try:
             content = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter: brackets without end
             raise EvaluationError(f"{path}, line {number}: not valid JSON ({error}).", fix="evaluate again.") from error
         missing = [
             key for key in ("id", "prediction", "references") if not isinstance(content, dict) or key not in content
         ]
         if missing:
             raise EvaluationError(f"{path}, line {number}: lacks {', '.join(missing)}.", fix="evaluate again.")
-        for key, kind in (("prediction", str), ("references", list), ("fields", dict)):
-            if not isinstance(content.get(key, kind()), kind):
+        for key, (kind, expected) in _KINDS.items():
+            if key in content and not isinstance(content[key], kind):
                 raise EvaluationError(
-                    f"{path}, line {number}: {key} is {content[key]!r}.", expected=_KINDS[kind], fix="evaluate again."
+                    f"{path}, line {number}: {key} is {content[key]!r}.", expected=expected, fix="evaluate again."
+                )
+        for reference in content["references"]:
+            if not isinstance(reference, str):
+                raise EvaluationError(
+                    f"{path}, line {number}: {reference!r} in references.", expected="texts", fix="evaluate again."
                 )
         name = str(content["id"])
         if name in seen:
@@ -87,8 +98,8 @@ def read_predictions(path: Path) -> Predictions:
         lines.append(content)
     if not lines:
         raise EvaluationError(f"{path}: is empty.", fix="evaluate again.")
-    beside = _result_beside(path)
-    return Predictions(path, beside.get("task") or path.parent.name, beside.get("metric") or None, lines)
+    task, metric = _task_and_metric_beside(path)
+    return Predictions(path, task or path.parent.name, metric, lines)
 
 
 def rescore(predictions: Predictions, metric: str | None = None, profile: str | None = None) -> tuple[str, Scored]:
@@ -119,20 +130,41 @@ def rescore(predictions: Predictions, metric: str | None = None, profile: str | 
         )
     rows = [
         {
+            **line.get("fields", {}),
             "id": str(line["id"]),
             "messages": [],
             "images": [f"cluster {line['cluster']}"] if "cluster" in line else [],
             "answers": line["references"],
-            **line.get("fields", {}),
         }
         for line in predictions.lines
     ]
     return name, score_answers(name, rows, [line["prediction"] for line in predictions.lines])  # type: ignore[arg-type]
 
 
-def _result_beside(path: Path) -> dict[str, Any]:
+def distinct_names(several: Sequence[Predictions]) -> list[str]:
+    """Returns the name of each, and where another has it too, the place of its file below the folder of all."""
+    names = [predictions.name for predictions in several]
+    places = [predictions.path.resolve().with_suffix("") for predictions in several]
+    shared = os.path.commonpath([place.parent for place in places]) if places else ""
+    return [name if names.count(name) == 1 else str(place.relative_to(shared)) for name, place in zip(names, places)]
+
+
+def _task_and_metric_beside(path: Path) -> tuple[str | None, str | None]:
+    """Returns what the result beside predictions says; `None` for what it does not, as predictions may come alone.
+
+    Raises:
+        EvaluationError: task or metric is no text, or the task is no name of a folder below that of the results.
+    """
+    result = path.parent / "result.json"
     try:
-        content = json.loads((path.parent / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # predictions may come alone
-        return {}
-    return content if isinstance(content, dict) else {}
+        content = json.loads(result.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None, None
+    found = [content.get(key) or None if isinstance(content, dict) else None for key in ("task", "metric")]
+    for key, value in zip(("task", "metric"), found):
+        if not isinstance(value, (str, type(None))):
+            raise EvaluationError(f"{result}: {key} is {value!r}.", expected="a text", fix="evaluate again.")
+    task, metric = found
+    if task is not None and (Path(task).is_absolute() or ".." in Path(task).parts):
+        raise EvaluationError(f"{result}: the task is {task!r}.", expected="a name", fix="evaluate again.")
+    return task, metric

@@ -12,7 +12,7 @@ from mllm_cl.evaluation.resampling import cluster_of, clustered_standard_error, 
 from mllm_cl.evaluation.scorers import ScorerEntry, find_metric, scorer_identity
 from mllm_cl.evaluation.scorers.tally import Aggregate, Tally
 
-_NO_FIELDS = ("messages", "images", "answers", "id")
+_NO_FIELDS = ("messages", "images", "answers", "id", "prediction", "references")
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,10 @@ def _of_set(
 
 
 def scorer_fields(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a row has besides question, images and answers; scorers get it by name."""
+    """Returns what a row has besides question, images and answers; scorers get it by name.
+
+    `prediction` and `references` are names of the scorers' own arguments, so no row field can have them.
+    """
     return {name: value for name, value in row.items() if name not in _NO_FIELDS}
 
 

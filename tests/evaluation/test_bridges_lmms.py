@@ -15,6 +15,7 @@ from mllm_cl.errors import EvaluationError
 from mllm_cl.evaluation.bridges import lmms_environment
 from mllm_cl.evaluation.bridges.lmms_environment import VARIABLE, LmmsEnvironment, find_lmms_eval
 from mllm_cl.evaluation.bridges.lmms_run import LmmsOptions, run_lmms_eval
+from mllm_cl.evaluation.rescoring import find_predictions, read_predictions
 
 VERSIONS = {"lmms-eval": "0.7.3", "mllm_cl": __version__, "torch": "2", "transformers": "5", "peft": "0.21"}
 STAND_IN = """#!PYTHON
@@ -129,3 +130,15 @@ def test_an_environment_that_does_not_fit(
 def test_names_of_tasks() -> None:
     assert split_tasks("gqa,lmms:mme,pope, own:compass") == (["gqa", "compass"], ["mme", "pope"])
     assert split_tasks("compass,coin-count") == (["compass", "coin-count"], [])
+
+
+@pytest.mark.parametrize(
+    ("target", "texts"), [("'yes'", ["yes"]), ("7", ["7"]), ("['a', 'b']", ["a", "b"]), ("[0.5, 1]", ["0.5", "1"])]
+)
+def test_targets_become_texts(stand_in: StandIn, tmp_path: Path, target: str, texts: list[str]) -> None:
+    environment = stand_in()
+    script = environment.python.read_text().replace('"target": "yes"', f'"target": {target}')
+    environment.python.write_text(script)
+    run(environment, tmp_path / "out")
+    [path] = [path for path in find_predictions(tmp_path / "out") if "pope" in str(path.relative_to(tmp_path))]
+    assert read_predictions(path).lines[0]["references"] == texts

@@ -16,6 +16,11 @@ BOX = [[0.1, 0.2, 0.5, 0.6]]
     [
         *[(text, 1) for text in ("The answer is (B).", "b", "**B**", "[B]", "Option B", "B) a dog", "A dog.", "B\n")],
         *[
+            (text, 1)
+            for text in ("The answer is: B", "Answer: (B)", "The correct answer is (B) a dog", "B, a dog", "Ｂ")
+        ],
+        *[(text, 0) for text in ("The answer is (B) a cat", "The answer is B because A is a cat", "A, B")],
+        *[
             (text, 0)
             for text in ("A and B", "Both", "not B", "I think it is B", "The answer is not B", "B. a cat", "BB", "")
         ],
@@ -139,3 +144,25 @@ def test_an_empty_caption_equals_an_empty_reference_for_coco_alone(monkeypatch: 
     given = (["", "a dog"], [[".", "a cat"], ["a dog"]])
     assert get_scorer("coco_caption")(*given)["ROUGE_L"] == 1.0
     assert get_scorer("captions")(*given)["ROUGE_L"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"),
+    [("(B)", 1), ("B. 8/11", 1), ("The answer is B", 1), ("8/11", 1), ("B. 3/11", 0), ("C", 0), ("", 0)],
+)
+def test_mathvista_options(answer: str, right: float) -> None:
+    fields = {"question_type": "multi_choice", "choices": ["3/11", "8/11"]}
+    assert get_scorer("mathvista_answer")(answer, ["8/11"], **fields) == right
+
+
+def test_mathvista_without_a_precision_compares_what_was_said() -> None:
+    fields = {"question_type": "free_form", "answer_type": "float", "precision": None}
+    verdicts = [get_scorer("mathvista_answer")(said, ["0.5"], **fields) for said in ("It is 0.50.", "0.51", "half")]
+    assert verdicts == [1.0, 0.0, 0.0]
+
+
+def test_boxes_may_have_exponents() -> None:
+    """Python writes 0.00001 as 1e-05, in references that are text too."""
+    assert get_scorer("box_iou")("[0, 1e-05, 5e-1, 1]", [[0, 0.00001, 0.5, 1]]) == pytest.approx(1)
+    reference = str([0.0, 0.00001, 0.5, 1.0])
+    assert get_scorer("coin_grounding_acc@0.5")("[[ 0.0, 0.0, 0.5, 1.0 ]]", [reference], image_size=[9, 9]) == 1.0

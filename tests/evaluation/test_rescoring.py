@@ -11,7 +11,7 @@ from mllm_cl.errors import EvaluationError
 from mllm_cl.evaluation import cell
 from mllm_cl.evaluation.cell import evaluate_cell
 from mllm_cl.evaluation.engine import GenerationSettings
-from mllm_cl.evaluation.rescoring import find_predictions, read_predictions, rescore
+from mllm_cl.evaluation.rescoring import distinct_names, find_predictions, read_predictions, rescore
 from mllm_cl.evaluation.samples import write_samples
 from mllm_cl.training.standalone import Measured
 
@@ -94,6 +94,10 @@ def test_broken_predictions_are_named(written, tmp_path):
         (['{"id": 1, "prediction": 5, "references": []}'], "line 1: prediction is 5"),
         (['{"id": 1, "prediction": "x", "references": "x"}'], "line 1: references is 'x'"),
         (['{"id": 1, "prediction": "x", "references": [], "fields": 3}'], "line 1: fields is 3"),
+        (['{"id": 1, "prediction": "x", "references": ["x", null]}'], "line 1: None in references"),
+        (['{"id": 1, "prediction": "x", "references": [4]}'], "line 1: 4 in references"),
+        (['{"id": null, "prediction": "x", "references": ["x"]}'], "line 1: id is None"),
+        (["[" * 100_000], "line 1: not valid JSON"),
         (['{"id": 1, "prediction": "x", "references": []}'] * 2, "line 2: the id '1' came before"),
     ]:
         path.write_text("\n".join(broken), encoding="utf-8")
@@ -104,6 +108,40 @@ def test_broken_predictions_are_named(written, tmp_path):
         read_predictions(path)
     with pytest.raises(EvaluationError, match=r"holds no predictions.jsonl"):
         find_predictions(tmp_path / "nothing")
+
+
+def test_fields_never_stand_in_for_what_is_compared(tmp_path):
+    fields = {"id": "z", "answers": 5, "images": 7, "messages": 1, "prediction": "y", "references": ["y"], "choices": 3}
+    line = {"id": "a", "prediction": "x", "references": ["x"], "fields": fields}
+    path = tmp_path / "predictions.jsonl"
+    path.write_text(json.dumps(line) + "\n", encoding="utf-8")
+    for metric in ("exact_match", "multiple_choice", "macro_f1"):
+        assert rescore(read_predictions(path), metric)[1].rows == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ('{"task": 3}', "task is 3"),
+        ('{"metric": ["x"]}', r"metric is \['x'\]"),
+        ('{"task": "../../other"}', r"the task is '../../other'"),
+        ('{"task": "/other"}', "the task is '/other'"),
+    ],
+)
+def test_a_result_beside_that_cannot_be_used_is_named(tmp_path, result, message):
+    (tmp_path / "predictions.jsonl").write_text('{"id": "a", "prediction": "x", "references": ["x"]}\n')
+    (tmp_path / "result.json").write_text(result)
+    with pytest.raises(EvaluationError, match=message):
+        read_predictions(tmp_path / "predictions.jsonl")
+
+
+def test_predictions_of_one_task_by_several_checkpoints_have_names_of_their_own(tmp_path):
+    for place in ("first/same", "second/same", "second/other"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "predictions.jsonl").write_text('{"id": "a", "prediction": "x", "references": ["x"]}\n')
+    several = [read_predictions(path) for path in find_predictions(tmp_path)]
+    assert distinct_names(several) == ["first/same/predictions", "other", "second/same/predictions"]
+    assert distinct_names(several[:2]) == ["same", "other"]
 
 
 def test_samples_have_the_fields_of_other_harnesses(written, tmp_path):

@@ -14,7 +14,7 @@ from mllm_cl.evaluation.resampling import (
     paired_tally_bootstrap,
     tally_standard_errors,
 )
-from mllm_cl.evaluation.scorers import SCORERS
+from mllm_cl.evaluation.scorers import SCORERS, get_scorer
 from mllm_cl.evaluation.scoring import score_answers
 from mllm_cl.evaluation.statistics import standard_error
 
@@ -93,6 +93,16 @@ def test_mmbench_needs_every_rotation():
     scored = score_answers("mmbench", rows, ["B", "A", "B", "B"])
     assert scored.value == 50.0
     assert scored.metrics["vanilla"]["value"] == 0.75
+
+
+@pytest.mark.parametrize("index", [["7", "1000007"], [7.0, 1000007.0], ["7.0", 1000007]])
+def test_mmbench_numbers_may_be_texts_or_have_a_decimal_point(index):
+    assert get_scorer("mmbench_circular")(["A", "C"], ["A", "B"], choices=["x", "y", "z"], index=index) == 0.0
+
+
+def test_mmbench_questions_may_have_any_mark():
+    fields = {"choices": ["x", "y"], "index": [[1], [1], {}]}
+    assert get_scorer("mmbench_circular")(["A", "C", "A"], ["A", "B", "A"], **fields) == 0.5
 
 
 def test_the_error_of_a_set_is_that_of_its_mean_where_it_is_one():

@@ -142,6 +142,12 @@ def _row_count(content: Mapping[str, Any], task: str) -> int:
     return sum(_row_count(content, member) for member in (content.get("group_subtasks") or {}).get(task, ()))
 
 
+def _texts(target: Any) -> list[str]:
+    """Returns a target as accepted answers: a task has one or a list, and numbers among them."""
+    several = target if isinstance(target, list) else [target]
+    return [entry if isinstance(entry, str) else json.dumps(entry, ensure_ascii=False) for entry in several]
+
+
 def _lines(path: Path, task: str, primary: str) -> list[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8", newline="\n") as file:
@@ -157,7 +163,7 @@ def _lines(path: Path, task: str, primary: str) -> list[dict[str, Any]]:
         line = {
             "id": str(sample["doc_id"]),
             "prediction": answer if isinstance(answer, str) else json.dumps(answer, ensure_ascii=False),
-            "references": [sample["target"]],
+            "references": _texts(sample["target"]),
             "question": sample["input"] if isinstance(sample["input"], str) else "",
             "images": [],
             "cluster": number,

@@ -82,18 +82,20 @@ SCORERS: dict[str, ScorerEntry] = {
     "contains_words": _E(text.contains_words, "the reference's words stand in the answer"),
     "anls_strict": _E(text.anls_strict, "edit similarity, 0 below one half"),
     "relaxed_accuracy": _E(numbers.relaxed_accuracy, "numbers within 5 %, else equal", version=2),
-    "mathvista_answer": _E(numbers.mathvista, "last number or chosen option, without a judge"),
+    "mathvista_answer": _E(numbers.mathvista, "last number or chosen option, without a judge", version=2),
     "vqa_accuracy": _E(vqa.vqa_accuracy, "agreement with annotators, always normalised"),
-    "multiple_choice": _E(choice.multiple_choice, "the option named beyond doubt"),
+    "multiple_choice": _E(choice.multiple_choice, "the option named beyond doubt", version=2),
     CHOICE_LIKELIHOOD: _E(choice.choice_likelihood, "the likeliest choice is right; nothing is generated"),
     "yes_no": _E(yesno.yes_no, "first word yes or no", version=2),
     "macro_f1": _E(_A(classes.macro_f1, "macro_f1"), "mean F1 of the classes, with the accuracy", kind="aggregate"),
     "ocr_contains": _E(text.ocr_contains, "the reference is part of the answer, blanks and case aside"),
-    "box_iou": _E(boxes.box_iou, "intersection over union of the only box in the answer"),
-    "box_accuracy@0.5": _E(boxes.box_accuracy, "intersection over union of at least 0.5"),
+    "box_iou": _E(boxes.box_iou, "intersection over union of the only box in the answer", version=2),
+    "box_accuracy@0.5": _E(boxes.box_accuracy, "intersection over union of at least 0.5", version=2),
     "pope_strict": _E(_A(yesno.pope, "f1"), "POPE; neither yes nor no is wrong", kind="aggregate", version=2),
     "mme_strict": _E(_A(yesno.mme, "share"), "share of MME's points; first word yes or no", kind="aggregate", version=2),
-    "mmbench_strict": _E(_A(circular.mmbench_strict, "circular"), "right under all rotations", kind="aggregate"),
+    "mmbench_strict": _E(
+        _A(circular.mmbench_strict, "circular"), "right under all rotations", kind="aggregate", version=2
+    ),
     "captions": _E(_A(caption_scorers.captions, "CIDEr"), "CIDEr, with BLEU and ROUGE-L", kind="aggregate", version=2),
     "cider": _E(_A(caption_scorers.captions, "CIDEr", single=True), "CIDEr-D", kind="aggregate", version=2),
     "bleu_4": _E(_A(caption_scorers.captions, "Bleu_4", single=True), "corpus BLEU-4", kind="aggregate", version=2),
@@ -123,7 +125,11 @@ SCORERS: dict[str, ScorerEntry] = {
     "mcq_extract_lmms_eval": _E(choice.mcq_extract_lmms_eval, "surest letter", "lmms_eval", "letter"),
     "mcq_can_infer_vlmevalkit": _E(choice.mcq_can_infer_vlmevalkit, "only letter", "vlmevalkit", "letter"),
     "mmbench_circular": _E(
-        _A(circular.mmbench_circular, "circular", single=True), "right under all rotations", "lmms_eval", "aggregate"
+        _A(circular.mmbench_circular, "circular", single=True),
+        "right under all rotations",
+        "lmms_eval",
+        "aggregate",
+        2,
     ),
     # yes or no
     "pope_parse_llava": _E(yesno.pope_parse_llava, "no, not or else yes", "llava", "yesno"),
@@ -137,7 +143,7 @@ SCORERS: dict[str, ScorerEntry] = {
     # boxes
     "refcoco_iou_lmms_eval": _E(boxes.refcoco_iou_lmms_eval, "IoU of a box in square brackets", "lmms_eval"),
     "refcoco_acc@0.5_lmms_eval": _E(boxes.refcoco_acc_lmms_eval, "that IoU is at least 0.5", "lmms_eval"),
-    "coin_grounding_acc@0.5": _E(boxes.coin_grounding, "IoU above 0.5 after cutting both ends", "coin"),
+    "coin_grounding_acc@0.5": _E(boxes.coin_grounding, "IoU above 0.5 after cutting both ends", "coin", version=2),
     # continual instruction tuning
     "coin_exact_match": _E(text.coin_exact_match, "equal in upper case", "coin"),
     "coin_ocrvqa": _E(text.coin_ocrvqa, "equal in lower case", "coin"),

@@ -12,7 +12,7 @@ Box = tuple[float, float, float, float]
 
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
 _BRACKETED = re.compile(r"\[\s*" + r",\s*".join([_NUMBER] * 4) + r"\s*\]")
-_ANY_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)")
+_ANY_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 
 
 def iou(first: Sequence[float], second: Sequence[float]) -> float:

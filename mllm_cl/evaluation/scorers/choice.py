@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections.abc import Mapping, Sequence
 
 from mllm_cl.evaluation.scorers.exact_match import normalise
@@ -19,6 +20,7 @@ REFUSALS = (  # VLMEvalKit reads these as option Z
     "Cannot determine the answer",
 )
 NO_ANSWER = "Failed to obtain answer via API"
+_PHRASE_AND_LETTER = r"\b(?:answer|option|choice)(?: is)?:?\s*[(\[]?([A-Za-z])[)\]]?[.:]?"
 
 
 # strict ------------------------------------------------------------------------------------------------------------------
@@ -28,7 +30,7 @@ def chosen_letter(prediction: str, choices: object) -> str:
     """Returns the option that an answer names beyond doubt, else `""`.
 
     A letter alone, also lower-case, in brackets, bold or with `.`, `:` or `)` behind it; such a letter in front of the
-    text of its own option; `the answer is B`; or exactly the text of one option.
+    text of its own option; `the answer is B`, also with that text behind it; or exactly the text of one option.
 
     Example:
 
@@ -40,17 +42,19 @@ def chosen_letter(prediction: str, choices: object) -> str:
     ```
     """
     options = lettered(choices)
-    text = prediction.strip().strip("*_`\"' ")
+    text = unicodedata.normalize("NFKC", prediction).strip().strip("*_`\"' ")
     named = [letter for letter, option in options.items() if option.strip() and normalise(option) == normalise(text)]
     if len(named) == 1:
         return named[0]
-    phrase = re.search(r"\b(?:answer|option|choice)(?: is|:)?\s*[(\[]?([A-Za-z])[)\]]?[.:]?\s*$", text, re.IGNORECASE)
-    head = re.fullmatch(r"[(\[]?([A-Za-z])[)\]]?[.:)]?(?:\s+(.*))?", text, re.DOTALL)
-    found = phrase or head
+    found = (
+        re.search(_PHRASE_AND_LETTER + r"()\s*$", text, re.IGNORECASE)
+        or re.fullmatch(r"[(\[]?([A-Za-z])[)\]]?[.:,)]?(?:\s+(.*))?", text, re.DOTALL)
+        or re.search(_PHRASE_AND_LETTER + r"\s+(\S.*)$", text, re.IGNORECASE)
+    )
     letter = found.group(1).upper() if found else ""
-    if letter not in options:
+    if found is None or letter not in options:
         return ""
-    rest = "" if phrase or head is None else head.group(2) or ""
+    rest = found.group(2) or ""
     return letter if not rest or normalise(rest) == normalise(options[letter]) else ""
 
 

@@ -28,7 +28,8 @@ def _groups(index: object, count: int) -> list[list[int]]:
     """Returns the rows of each question; without numbers all rows are rotations of one."""
     members: dict[object, list[int]] = {}
     for row, value in enumerate(column(index, count)):
-        key = int(value) % ROTATIONS if isinstance(value, (int, np.integer)) else value
+        number = str(value).removesuffix(".0")  # files of tables hold 1000005 also as "1000005" or 1000005.0
+        key = int(number) % ROTATIONS if number.isdecimal() else str(value)
         members.setdefault(key, []).append(row)
     return list(members.values())
 

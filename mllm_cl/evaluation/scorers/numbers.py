@@ -7,6 +7,7 @@ import re
 import string
 from collections.abc import Sequence
 
+from mllm_cl.evaluation.scorers.choice import chosen_letter
 from mllm_cl.evaluation.scorers.exact_match import normalise
 from mllm_cl.evaluation.scorers.references import accepted, lettered, number
 from mllm_cl.evaluation.scorers.text import edit_distance
@@ -97,14 +98,13 @@ def mathvista(
 ) -> float:
     """MathVista on a raw answer without a judge: the last number, or the chosen option; an empty answer is wrong.
 
-    Multiple choice: an option's letter or its exact text. Integer and float: the last number in the answer, equal to
-    the reference after rounding to `precision` digits (0 for integers); nothing is truncated.
+    Multiple choice: the option that `chosen_letter` finds. Integer and float: the last number in the answer, equal to
+    the reference after rounding to `precision` digits (0 for integers, none without it); nothing is truncated.
     """
     wanted = accepted(references)
     if question_type == "multi_choice":
         options = lettered(choices)
-        letter = prediction.strip().strip("().").upper()
-        chosen = options.get(letter, prediction)
+        chosen = options.get(chosen_letter(prediction, options), prediction)
         return float(
             any(normalise(chosen) == normalise(reference) for reference in wanted) and bool(prediction.strip())
         )
@@ -113,9 +113,12 @@ def mathvista(
         value = number(found[-1].replace(",", "")) if found else None
         digits = 0 if answer_type == "integer" else _digits(precision)
         targets = [number(reference.replace(",", "")) for reference in wanted]
-        if value is None or digits is None:
+        if value is None or not math.isfinite(value):
             return 0.0
-        return float(any(target is not None and round(value, digits) == round(target, digits) for target in targets))
+        known = [target for target in targets if target is not None and math.isfinite(target)]
+        if digits is None:
+            return float(value in known)
+        return float(any(round(value, digits) == round(target, digits) for target in known))
     return float(
         bool(prediction.strip()) and any(normalise(prediction) == normalise(reference) for reference in wanted)
     )
