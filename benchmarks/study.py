@@ -7,12 +7,12 @@
 
 Chapters: `pilot` (SAC variants on the same pair of checkpoints, at equal update norm), `presets` (UIR presets and
 weights), `chain` (SAC variants with UIR in the loop), `rates` (a learning rate for each method), `batches` (rows per step,
-that is more and smaller steps on the same rows), `streams` (the default against the other methods on three streams, two
-orders; with the same training for all and with each method's own), `pretraining` (the general mixture source by source,
-from a model that can only describe pictures), `together` (with a small replay, with per-task adapters), `spectra`
-(singular values of the updates).
-Choices are made on validation splits (`pilot`, `presets`, `chain`, `rates`, `batches`), with half of the quickstart
-stream's training rows; `streams`, `pretraining` and `together` report on test splits, with all of them.
+that is more and smaller steps on the same rows), `inquiries` (their number and weight with the best of these, all rows),
+`streams` (the default against the other methods on three streams, two orders; with the same training for all and with each
+method's own), `pretraining` (the general mixture source by source, from a model that can only describe pictures),
+`together` (with a small replay, with per-task adapters), `spectra` (singular values of the updates).
+Choices are made on validation splits (`pilot` to `inquiries`), all but the last with half of the quickstart stream's
+training rows; `streams`, `pretraining` and `together` report on test splits, with all of them.
 """
 
 from __future__ import annotations
@@ -86,14 +86,21 @@ METHODS: dict[str, list[Any]] = {
 RATE, BATCH = "learning_rate", "per_device_train_batch_size"
 SHOWN = {RATE: "learning rate", BATCH: "batch"}
 RATES = (1e-3, 2e-3, 5e-3, 1e-2)
-BATCHES: tuple[dict[str, float], ...] = ({BATCH: 8}, {BATCH: 4}, {RATE: 3e-3, BATCH: 4})
+BATCHES: tuple[dict[str, float], ...] = ({BATCH: 8}, {BATCH: 4}, {RATE: 3e-3, BATCH: 4}, {RATE: 2e-3, BATCH: 4})
 # a method's best training in the chapters `rates` and `batches`, where it is another than everybody's
 TUNED: dict[str, dict[str, float]] = {
-    "finetune": {RATE: 2e-3},
-    "replay 5 %": {RATE: 2e-3},
+    "finetune": {RATE: 2e-3, BATCH: 4},
+    "replay 5 %": {RATE: 2e-3, BATCH: 4},
     "ModelMix": {RATE: 1e-3},
-    "ewc": {RATE: 2e-3},
+    "ewc": {RATE: 2e-3, BATCH: 4},
+    "lwf": {RATE: 2e-3, BATCH: 4},
     "LLaVA-c (SAC + UIR)": {RATE: 3e-3, BATCH: 4},
+}
+MORE_INQUIRIES: list[Any] = [SAC, {UIR: {"ratio": 2.0}}]
+INQUIRIES: dict[str, list[Any]] = {  # at LLaVA-c's best training
+    "LLaVA-c all rows": [SAC, UIR],
+    "LLaVA-c all rows, weight 3": [SAC, {UIR: {"weight": 3.0}}],
+    "LLaVA-c all rows, ratio 2": MORE_INQUIRIES,
 }
 TOGETHER: dict[str, list[Any]] = {
     "LLaVA-c (SAC + UIR)": [SAC, UIR],
@@ -147,12 +154,22 @@ def chapters(output: Path, seeds: Sequence[int]) -> dict[str, list[Job]]:
     rates = jobs_of(several, seeds=seeds[:1], **choosing)
     batches = jobs_of(several, seeds=seeds, **choosing)
     streams = jobs_of(METHODS, seeds=seeds, split="test", streams=tuple(TASKS), orders=both)
+    own = TUNED["LLaVA-c (SAC + UIR)"]
+    inquiries = jobs_of(INQUIRIES, seeds=seeds[:1], split="validation", streams=one, orders=given)
+    asked_more = jobs_of(
+        {"LLaVA-c, ratio 2": MORE_INQUIRIES}, seeds=seeds, split="test", streams=tuple(TASKS), orders=both
+    )
     return {
         "presets": jobs_of(PRESETS, seeds=seeds[:1], **choosing),
         "chain": jobs_of(CHAIN, seeds=seeds, **choosing),
         "rates": [retrained(job, {RATE: rate}) for job in rates for rate in RATES],
         "batches": [retrained(job, settings) for job in batches for settings in BATCHES],
-        "streams": [*streams, *(retrained(job, TUNED[job.label]) for job in streams if job.label in TUNED)],
+        "inquiries": [retrained(job, own) for job in inquiries],
+        "streams": [
+            *streams,
+            *(retrained(job, TUNED[job.label]) for job in streams if job.label in TUNED),
+            *(retrained(job, own) for job in asked_more),
+        ],
         "pretraining": pretraining_jobs(output.resolve(), seeds),
         "together": jobs_of(TOGETHER, seeds=seeds, split="test", streams=one, orders=given),
     }
@@ -199,7 +216,18 @@ def put(text: str, name: str, lines: Sequence[str]) -> str:
 
 
 def main() -> None:
-    known = ("pilot", "presets", "chain", "rates", "batches", "streams", "pretraining", "together", "spectra")
+    known = (
+        "pilot",
+        "presets",
+        "chain",
+        "rates",
+        "batches",
+        "inquiries",
+        "streams",
+        "pretraining",
+        "together",
+        "spectra",
+    )
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/study"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -217,7 +245,7 @@ def main() -> None:
         "spectra": lambda: spectra_rows(given.output / "pair"),
         **{
             name: lambda name=name: results(planned[name], given.output)
-            for name in ("presets", "chain", "rates", "batches", "together")
+            for name in ("presets", "chain", "rates", "batches", "inquiries", "together")
         },
         **{name: lambda name=name: by_setting(planned[name], given.output) for name in ("streams", "pretraining")},
     }

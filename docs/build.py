@@ -69,13 +69,13 @@ def models_page() -> str:
 
 def compatibility_page() -> str:
     """Method x launcher x quantisation, from the rules that refuse and the tests that run the rest."""
-    from mllm_cl.training.launchers import LAUNCHERS, QUANTIZATIONS, QUANTIZED, REFUSED, refusal
+    from mllm_cl.training.launchers import LAUNCHERS, QUANTIZATIONS, QUANTIZED, refusal
 
     lines = [NOTE, "# What works together", ""]
     lines += [
         "**yes** is a run in a test, **no** a refusal before any weight is loaded (tested too) that says what to do instead.",
-        "Rules: `mllm_cl/training/launchers.py`; tests: `tests/contract`, `tests/training/test_ddp.py` (every method of the",
-        "catalogue, two processes against one), `tests/launchers`.",
+        "Rules: `mllm_cl/training/launchers.py`; tests: `tests/contract`, `tests/training` (every method of the catalogue, two",
+        "processes against one), `tests/launchers`.",
         "",
     ]
     columns = [
@@ -88,15 +88,17 @@ def compatibility_page() -> str:
         cells = ["yes" if name in supported and refusal(name, kind) is None else "no" for name, kind in columns]
         lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
     lines += ["", "## Why not", ""]
-    lines += [f"* **{name}**: {why}." for name, why in REFUSED.items()]
     lines += [
         *(f"* **{name} with model.quantization**: {why}." for name, why in QUANTIZED.items()),
-        "* **fsdp2, methods with a no**: one that runs the model unequally often on the processes hung in a trial.",
-        "* **zero1 and zero2, methods with a no**: no test has shown them yet. Those that read gradients around the step cannot "
-        "work: the engine steps within the backward pass and frees them.",
+        "* **zero3, methods with a no**: they add a term to the loss or train parameters of their own. Adapters are in shards",
+        "  there, so a penalty cannot read them, and all processes have to run the model equally often in a step.",
+        "* **zero1, zero2 and zero3, methods with a no**: they act around the optimizer's step. DeepSpeed steps within the",
+        "  backward pass, from copies of its own, and frees the gradients.",
         "",
-        "What fsdp2, zero1 and zero2 shard and what they do not: [launchers](launchers.md). The tests of zero1 and zero2",
-        "(`tests/training/test_zero.py`) are skipped where DeepSpeed is not installed.",
+        "A method that does nothing within a step works under every launcher; the others declare theirs (`supports`).",
+        "`tests/training/test_ddp.py` compares every method under fsdp2 with ddp, `test_zero.py` under zero1, zero2 and zero3;",
+        "most of them weekly (`.ci/weekly`), and those with DeepSpeed only where it is installed. What is in shards:",
+        "[launchers](launchers.md).",
         "",
         "## Options that save memory",
         "",

@@ -1,4 +1,4 @@
-"""Starts `tests/training/ddp_job.py` on two processes."""
+"""Starts `tests/training/ddp_job.py` on two processes, and compares what two runs have learnt."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import torch
+from safetensors.torch import load_file
 
 
 def torchrun(
@@ -27,3 +30,34 @@ def torchrun(
     reports = [Path(f"{path}.{rank}") for rank in range(2)]
     read = [json.loads(report.read_text()) for report in reports if report.exists()]
     return done.returncode, read, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+def assert_same_learning(one: Path, two: Path, method: str, log: str, rounding: float = 1e-5) -> None:
+    """Up to `rounding`, two runs have the same files, adapters and states of the methods, and have learnt something."""
+    files = sorted(path.relative_to(one) for path in one.glob("stages/*/*/**/*.safetensors"))
+    largest = 0.0
+    assert files
+    assert files == sorted(path.relative_to(two) for path in two.glob("stages/*/*/**/*.safetensors")), log
+    for file in files:
+        expected, found = load_file(one / file), load_file(two / file)
+        assert expected.keys() == found.keys()
+        for key, tensor in expected.items():
+            if "lora_" in key and len(file.parts) == 4:
+                continue  # factors of an SVD are unique only together; their product is compared below
+            # logits in half precision; eigenvectors of a near-degenerate spectrum, which magnify what two sums differ by
+            own = {"derpp": 1e-3, "inflora": 1e-2}.get(method, rounding) if "method" in file.parts else rounding
+            torch.testing.assert_close(
+                found[key],
+                tensor,
+                atol=own,
+                rtol=1e-4,
+                msg=lambda m, f=file, k=key: f"{f} {k}: {m}",
+            )
+        for key in expected:
+            if key.endswith("lora_A.weight"):
+                other = key.replace("lora_A", "lora_B")
+                update = expected[other] @ expected[key]  # (out, rank) @ (rank, in)
+                torch.testing.assert_close(found[other] @ found[key], update, atol=rounding, rtol=1e-4)
+                largest = max(largest, update.abs().max().item())
+    prompts = any(key.startswith("vectors/") for file in files for key in load_file(one / file))
+    assert largest > 1e-3 or prompts  # something was learnt; methods of prompts leave the adapter alone

@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from mllm_cl.errors import MethodError
 from mllm_cl.methods._layers import decoder_blocks
 from mllm_cl.methods._live import frozen, restore, revived, trained
-from mllm_cl.methods.base import Context, Method, MethodState, RouteBatch
+from mllm_cl.methods.base import WITHIN_STEPS, Context, Method, MethodState, RouteBatch
 from mllm_cl.models.adapters import DEFAULT, PREVIOUS, adapter_names, factors, lora_layers
 
 Gate = Callable[[str, Tensor, Tensor, Tensor], Tensor]
@@ -71,6 +71,7 @@ class Experts(Method):
 
     adapters = "one"
     needs = frozenset({"continued"})
+    supports = WITHIN_STEPS
     roles = frozenset({"routing"})
 
     def __init__(self, experts: int) -> None:

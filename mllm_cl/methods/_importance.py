@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mllm_cl.methods._terms import quadratic_penalty
-from mllm_cl.methods.base import Context, Method, MethodState, TrainBatch
+from mllm_cl.methods.base import WITHIN_STEPS, Context, Method, MethodState, TrainBatch
 from mllm_cl.models.adapters import DEFAULT, adapter_parameters
 
 Importance = dict[str, Tensor]
@@ -27,6 +27,7 @@ class QuadraticPenalty(Method):
 
     adapters = "one"
     needs = frozenset({"continued", "adapter"})
+    supports = WITHIN_STEPS
 
     def __init__(self, *, strength: float, decay: float) -> None:
         self.strength, self.decay = strength, decay

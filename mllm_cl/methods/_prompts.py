@@ -20,7 +20,7 @@ from torch.nn.functional import normalize
 
 from mllm_cl.data.collate import IGNORED, image_token_ids
 from mllm_cl.methods._live import frozen, restore, revived, trained
-from mllm_cl.methods.base import Context, Method, MethodState, RouteBatch, TrainBatch
+from mllm_cl.methods.base import WITHIN_STEPS, Context, Method, MethodState, RouteBatch, TrainBatch
 from mllm_cl.models.adapters import DEFAULT, PREVIOUS, active, set_trainable
 from mllm_cl.models.soft_prompts import SoftPrompts, adapters_on
 
@@ -50,6 +50,7 @@ class Prompts(Method):
 
     adapters = "one"
     needs = frozenset({"continued"})
+    supports = WITHIN_STEPS
     roles = frozenset({"routing", "training"})
 
     def __init__(self) -> None:

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from mllm_cl.data.memory import balanced, look_up
 from mllm_cl.methods._gradients import memory_gradient, product, trained_with_gradients
-from mllm_cl.methods.base import Context, Method, MethodState
+from mllm_cl.methods.base import AROUND_STEPS, Context, Method, MethodState
 
 
 class AGem(Method):
@@ -31,6 +31,7 @@ class AGem(Method):
     name = "agem"
     summary = "project the gradient so that it does not raise the loss on stored rows"
     needs = frozenset({"past_rows"})
+    supports = AROUND_STEPS
 
     def __init__(self, *, size: Annotated[int, Field(ge=1)] = 200, batch: Annotated[int, Field(ge=1)] = 16) -> None:
         self.size, self.batch = size, batch

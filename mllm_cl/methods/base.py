@@ -28,6 +28,12 @@ HOOKS = (
     "state_dict", "load_state_dict",
 )  # fmt: skip
 
+EVERY_LAUNCHER = frozenset({"single", "ddp", "zero1", "zero2", "zero3", "fsdp2"})
+WITHIN_STEPS = EVERY_LAUNCHER - {"zero3"}
+"""For terms and parameters of a method's own: ZeRO-3 has adapters in shards and wants one forward pass per step."""
+AROUND_STEPS = WITHIN_STEPS - {"zero1", "zero2"}
+"""For `before_step` and `after_step`: DeepSpeed steps within the backward pass, from weights of its own."""
+
 AdapterPolicy = Literal["one", "stacked", "per_task"]
 ReferenceKind = Literal["base", "previous"]
 ShareOf = Literal["step", "rows", "tokens", "inquiry", "memory"]
@@ -141,7 +147,8 @@ class Method:
         needs: facilities: `past_rows` (train rows of earlier tasks), `all_rows` (of later ones too), `previous`
             (the model of the last stage as reference), `generate`, `task_id` (the task of a test row), `continued`
             (every task goes on from the adapter as the last one left it), `adapter` (the LoRA adapter is what is trained).
-        supports: launchers it is correct under.
+        supports: launchers it is correct under. Every one when it does nothing within a step; a method that does declares
+            what a test has shown (`WITHIN_STEPS`, `AROUND_STEPS`).
         adapters: the adapter policy it requires; `None` when any will do.
         roles: what only one method of a recipe can do: `consolidation` (writes the deployed adapter after a task),
             `initialisation` (chooses or freezes a factor of the fresh adapter), `choice of matrices`, `routing`,
@@ -157,6 +164,16 @@ class Method:
     roles: ClassVar[frozenset[str]] = frozenset()
     measures: ClassVar[Literal["seen", "current"]] = "seen"
     version: ClassVar[int] = 1
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "supports" in vars(cls):
+            return
+        hooks = ("parameters", "loss_terms", "before_step", "after_step")
+        if all(getattr(cls, hook) is getattr(Method, hook) for hook in hooks):
+            cls.supports = EVERY_LAUNCHER
+        elif cls.supports == EVERY_LAUNCHER:  # inherited from a method that does nothing within a step
+            cls.supports = Method.supports
 
     def begin_task(self, ctx: Context) -> None:
         """Called before the optimizer exists; may add, freeze, initialise or switch adapters."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from mllm_cl.methods._experts import first_router
 from mllm_cl.methods._routing import top_gates
 from mllm_cl.methods._task_experts import TaskExperts
-from mllm_cl.methods.base import Context, MethodState
+from mllm_cl.methods.base import AROUND_STEPS, Context, MethodState
 from mllm_cl.models.adapters import DEFAULT, factors, lora_layers
 
 
@@ -42,6 +42,7 @@ class BranchLoRA(TaskExperts):
 
     name = "branchlora"
     summary = "branches over one shared A, the most used frozen after each task, a router per task"
+    supports = AROUND_STEPS
 
     def __init__(
         self,

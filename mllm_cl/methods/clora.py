@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mllm_cl.methods.base import Context, Method, TrainBatch
+from mllm_cl.methods.base import WITHIN_STEPS, Context, Method, TrainBatch
 from mllm_cl.models.adapters import TASK, factors, lora_layers
 
 
@@ -32,6 +32,7 @@ class CLora(Method):
     name = "clora"
     summary = "penalise what the factors do in fixed random subspaces"
     needs = frozenset({"adapter"})
+    supports = WITHIN_STEPS
     adapters = "stacked"
 
     def __init__(

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mllm_cl.methods.base import Context, Method, MethodState
+from mllm_cl.methods.base import AROUND_STEPS, Context, Method, MethodState
 from mllm_cl.models.adapters import DEFAULT, adapter_parameters
 
 
@@ -29,6 +29,7 @@ class EMA(Method):
 
     name = "ema"
     summary = "deploy the running mean of the adapter, go on training from the adapter itself"
+    supports = AROUND_STEPS
     adapters = "one"
     roles = frozenset({"consolidation"})
 

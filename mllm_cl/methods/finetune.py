@@ -19,4 +19,3 @@ class Finetune(Method):
 
     name = "finetune"
     summary = "sequential LoRA fine-tuning: the lower bound"
-    supports = frozenset({"single", "ddp", "zero1", "zero2", "fsdp2"})

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mllm_cl.methods._terms import mean_in_chunks
-from mllm_cl.methods.base import Context, Method, TrainBatch
+from mllm_cl.methods.base import WITHIN_STEPS, Context, Method, TrainBatch
 from mllm_cl.models.adapters import TASK, factors, lora_layers
 
 
@@ -32,6 +32,7 @@ class NLora(Method):
     name = "n_lora"
     summary = "L1 penalty on each task's full update"
     needs = frozenset({"adapter"})
+    supports = WITHIN_STEPS
     adapters = "stacked"
 
     def __init__(

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mllm_cl.methods.base import Context, Method, MethodState, TrainBatch
+from mllm_cl.methods.base import WITHIN_STEPS, Context, Method, MethodState, TrainBatch
 from mllm_cl.models.adapters import TASK, factors, lora_layers
 
 
@@ -31,6 +31,7 @@ class OLora(Method):
     name = "o_lora"
     summary = "keep each task's A orthogonal to those of earlier tasks"
     needs = frozenset({"adapter"})
+    supports = WITHIN_STEPS
     adapters = "stacked"
 
     def __init__(

@@ -32,7 +32,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mllm_cl.errors import MethodError
 from mllm_cl.methods._statistics import base_weight
-from mllm_cl.methods.base import Context, Method
+from mllm_cl.methods.base import AROUND_STEPS, Context, Method
 from mllm_cl.models.adapters import DEFAULT, TASK, adapter_deltas, lora_layers, set_trainable, write_deltas
 from mllm_cl.spectral import LowRankDelta
 from mllm_cl.spectral.subspace import project_out
@@ -89,6 +89,7 @@ class Osf(Method):
 
     name = "osf"
     summary = "train all of the weights' small singular directions, leave the large ones alone"
+    supports = AROUND_STEPS
     adapters = "stacked"
     roles = frozenset({"initialisation", "consolidation", "training"})
 

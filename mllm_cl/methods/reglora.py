@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mllm_cl.methods._terms import mean_in_chunks
-from mllm_cl.methods.base import Context, Method, MethodState, TrainBatch
+from mllm_cl.methods.base import WITHIN_STEPS, Context, Method, MethodState, TrainBatch
 from mllm_cl.models.adapters import TASK, factors, lora_layers
 
 
@@ -33,6 +33,7 @@ class RegLora(Method):
     name = "reglora"
     summary = "penalise changes of the entries that earlier tasks changed most"
     needs = frozenset({"adapter"})
+    supports = WITHIN_STEPS
     adapters = "stacked"
 
     def __init__(

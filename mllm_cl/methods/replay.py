@@ -43,7 +43,6 @@ class Replay(Method):
 
     name = "replay"
     summary = "rehearse stored rows of earlier tasks (reservoir, balanced, by class, herding, surprise)"
-    supports = frozenset({"single", "ddp", "zero1", "zero2", "fsdp2"})
     needs = frozenset({"past_rows"})
 
     def __init__(

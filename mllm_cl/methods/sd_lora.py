@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mllm_cl.methods._experts import gate_adapter, spread
-from mllm_cl.methods.base import Context, Method, MethodState
+from mllm_cl.methods.base import WITHIN_STEPS, Context, Method, MethodState
 from mllm_cl.models.adapters import DEFAULT, TASK, add_adapter, factors, lora_layers, remove_adapter, set_active
 from mllm_cl.models.gather import write_full
 from mllm_cl.models.lora_folders import plain_config
@@ -35,6 +35,7 @@ class SDLoRA(Method):
 
     name = "sd_lora"
     summary = "past directions frozen, their magnitudes learnt again with each new task"
+    supports = WITHIN_STEPS
     adapters = "stacked"
     roles = frozenset({"consolidation"})
 

@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from mllm_cl.methods.base import Context, MethodState
+from mllm_cl.methods.base import AROUND_STEPS, Context, MethodState
 from mllm_cl.methods.task_adapters import Reject, Router, Samples, TaskAdapters
 from mllm_cl.models.adapters import (
     DEFAULT,
@@ -45,6 +45,7 @@ class SharedSpecific(TaskAdapters):
 
     name = "shared_specific"
     summary = "a slow shared LoRA branch beside one branch per task, routed per sample"
+    supports = AROUND_STEPS
 
     def __init__(
         self,

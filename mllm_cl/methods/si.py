@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mllm_cl.methods._importance import QuadraticPenalty
-from mllm_cl.methods.base import Context, MethodState
+from mllm_cl.methods.base import AROUND_STEPS, Context, MethodState
 from mllm_cl.models.adapters import DEFAULT, adapter_parameters
 
 _WALKING = ("path", "last", "start")
@@ -34,6 +34,7 @@ class SI(QuadraticPenalty):
 
     name = "si"
     summary = "quadratic penalty weighted by each weight's share of the loss decrease"
+    supports = AROUND_STEPS
 
     def __init__(
         self,

@@ -47,7 +47,6 @@ class SpectralConsolidation(Method):
 
     name = "spectral_consolidation"
     summary = "SAC of LLaVA-c: scale the singular values of each task's update before consolidating it"
-    supports = frozenset({"single", "ddp", "zero1", "zero2", "fsdp2"})
     roles = frozenset({"consolidation"})
 
     def __init__(

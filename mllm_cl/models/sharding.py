@@ -32,7 +32,7 @@ class Shards:
         base: Any = model.get_base_model()
         decoder = base.get_decoder()
         mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
-        layers = [layer for stack in _stacks(decoder) for layer in stack]
+        layers = decoder_layers(model)
         trained = {parameter for name, parameter in model.named_parameters() if ".lora_" in name}
         for layer in layers:
             fully_shard(layer, mesh=mesh, ignored_params=trained)
@@ -43,7 +43,7 @@ class Shards:
         self._modules: list[FSDPModule] = layers  # type: ignore[assignment]  # `fully_shard` made them so
         names = [name for name, parameter in model.named_parameters() if isinstance(parameter, DTensor)]
         model._ddp_params_and_buffers_to_ignore = names  # type: ignore[assignment]  # DDP reads it
-        self._stay_whole()
+        self.stay_whole()
 
     @contextlib.contextmanager
     def sharded(self) -> Iterator[None]:
@@ -52,18 +52,19 @@ class Shards:
         try:
             yield
         finally:
-            self._stay_whole()
+            self.stay_whole()
 
     @contextlib.contextmanager
     def whole(self) -> Iterator[None]:
         """Within the context, inside of `sharded`, the weights are whole on every process."""
-        self._stay_whole()
+        self.stay_whole()
         try:
             yield
         finally:
             self._go_to_pieces()
 
-    def _stay_whole(self) -> None:
+    def stay_whole(self) -> None:
+        """Gathers all weights; moving the model to a device, as a new trainer does, puts them in pieces."""
         self._free_after_use(False)
         for module in self._modules:
             module.unshard()
@@ -77,6 +78,12 @@ class Shards:
         for module in self._modules:
             module.set_reshard_after_forward(free, recurse=False)
             module.set_reshard_after_backward(free, recurse=False)
+
+
+def decoder_layers(model: PeftModel) -> list[nn.Module]:
+    """Returns the layers of the language part, in order."""
+    base: Any = model.get_base_model()
+    return [layer for stack in _stacks(base.get_decoder()) for layer in stack]
 
 
 def _stacks(decoder: nn.Module) -> Iterator[nn.ModuleList]:

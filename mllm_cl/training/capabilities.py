@@ -55,13 +55,8 @@ def build_methods(recipe: Recipe) -> list[Method]:
             expected="one process or ddp, or another budget",
             fix="start with ddp, or use trainable_parameters or stored_bytes.",
         )
-    if recipe.training.get("auto_find_batch_size") and started not in ("single", "ddp"):
-        raise RecipeError(
-            f"training.auto_find_batch_size does not work with {started} "
-            "(a process that runs out of memory leaves the others waiting).",
-            expected="one process or ddp",
-            fix="give a per_device_train_batch_size that fits; `mllm-cl doctor RECIPE` estimates it.",
-        )
+    if recipe.training.get("auto_find_batch_size"):
+        _check_rehearsal(methods, started)
     if recipe.model.quantization is not None:
         check_bitsandbytes(recipe.model.quantization)
     _check_launcher(methods, started)
@@ -69,6 +64,20 @@ def build_methods(recipe: Recipe) -> list[Method]:
     check_lora(recipe.model.with_rank(PROBE_RANK).lora)
     check_training(recipe.training)
     return methods
+
+
+def _check_rehearsal(methods: Sequence[Method], started: str) -> None:
+    """Refuses `auto_find_batch_size` where a process that runs out of memory would leave the others waiting."""
+    talking = [method.name for method in methods if overrides(method, "before_step")]
+    if started in ("single", "ddp") and not (started == "ddp" and talking):
+        return
+    beside = f" and {talking[0]}" if started == "ddp" else ""
+    raise RecipeError(
+        f"training.auto_find_batch_size does not work with {started}{beside} "
+        "(a process that runs out of memory leaves the others waiting).",
+        expected="one process, or ddp without methods that exchange gradients",
+        fix="give a per_device_train_batch_size that fits; `mllm-cl doctor RECIPE` estimates it.",
+    )
 
 
 def check_stream(recipe: Recipe, stream: Stream) -> None:

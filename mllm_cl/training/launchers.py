@@ -14,16 +14,14 @@ from mllm_cl.errors import ModelError, RecipeError
 LAUNCHERS = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 QUANTIZATIONS = (None, "4bit", "8bit")
 
-# Why a launcher is refused for every method. A test holds the words of docs/compatibility.md against them.
-REFUSED: dict[str, str] = {
-    "zero3": "adapters are added, merged and evaluated between tasks, which sharded base weights do not allow yet",
-}
+# Why a launcher is refused on a quantised base. A test holds the words of docs/compatibility.md against them.
 QUANTIZED: dict[str, str] = {
     "zero1": "copies of quantised weights on several processes have not been tested",
     "zero2": "copies of quantised weights on several processes have not been tested",
+    "zero3": "weights in 4 or 8 bits are packed and cannot be cut into shards",
     "fsdp2": "weights in 4 or 8 bits are packed and cannot be cut into shards",
 }
-SHARDED = ("zero1", "zero2", "fsdp2")
+SHARDED = ("zero1", "zero2", "zero3", "fsdp2")
 """Launchers that lay something in shards, and so need a second process."""
 _FSDP_SWITCH = "ACCELERATE_USE_FSDP"
 _DEEPSPEED_SWITCH = "ACCELERATE_USE_DEEPSPEED"
@@ -80,8 +78,6 @@ def _zero_stage(training: Mapping[str, Any]) -> int:
 
 def refusal(started: str, quantization: str | None) -> str | None:
     """Returns why this combination is refused, `None` if it works; the same for every method."""
-    if started in REFUSED:
-        return REFUSED[started]
     return QUANTIZED.get(started) if quantization is not None else None
 
 
@@ -100,16 +96,10 @@ def check_launcher(started: str, quantization: str | None) -> None:
     why = refusal(started, quantization)
     if why is None:
         return
-    what = (
-        started if quantization is None or started in REFUSED else f"{started} with model.quantization: {quantization}"
-    )
-    instead = "torchrun or recipes/accelerate/ddp.yaml" if started in REFUSED else "ddp, or a float base"
     raise RecipeError(
-        f"launcher: {what} does not work ({why}).",
-        expected="single, ddp or fsdp2; single or ddp when model.quantization is set",
-        fix=f"start with {instead}; to save memory: training.activation_checkpointing, training.bf16, "
-        "gradient_accumulation_steps with smaller batches, model.quantization. "
-        "See docs/compatibility.md.",
+        f"launcher: {started} with model.quantization: {quantization} does not work ({why}).",
+        expected="single or ddp when model.quantization is set",
+        fix="start with ddp, or leave model.quantization away. See docs/compatibility.md.",
     )
 
 

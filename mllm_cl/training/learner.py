@@ -175,6 +175,8 @@ class Learner:
                 one when not given.
             epochs: passes over the task's rows.
         """
+        if self.shards is not None:
+            self.shards.stay_whole()
         index = self.stage + 1
         ctx = self._context(task, stream, index, accelerator, cache, epochs)
         trained = self.trained_name(task)

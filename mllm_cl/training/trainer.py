@@ -202,7 +202,8 @@ class ContinualTrainer(CheckpointedTrainer):
                 for name, term in method.loss_terms(self.ctx, model, batch, outputs).items():
                     loss = loss + term.to(loss.device)
                     self._term_sums[name] = self._term_sums.get(name, 0.0) + term.detach()
-        if model.training and self.accelerator.num_processes > 1:
+        in_pieces = self.learner.zero is not None and self.learner.zero["stage"] == 3
+        if model.training and self.accelerator.num_processes > 1 and not in_pieces:
             # DDP waits for every trained parameter, also for those that this process's rows do not reach (no image, no inquiry)
             loss = loss + 0.0 * torch.stack([parameter.sum() for parameter in self._trained]).sum()
         return (loss, outputs) if return_outputs else loss

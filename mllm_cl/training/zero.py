@@ -1,7 +1,7 @@
-"""DeepSpeed ZeRO-1 and 2: optimizer states, and with 2 the gradients, in shards while a task is trained.
+"""DeepSpeed ZeRO: optimizer states (1), gradients (2) and weights (3) in shards while a task is trained.
 
-The weights are whole on every process, so all that happens between tasks is what it is under DDP. accelerate would keep one
-DeepSpeed configuration for the life of the process; here every task gets an engine of its own and nothing of it stays.
+Between tasks the weights are whole on every process, so all that happens there is what it is under DDP. accelerate would keep
+one DeepSpeed configuration for the life of the process; here every task gets an engine of its own and nothing of it stays.
 
 The engine steps inside of the backward pass and then frees the gradients. It adds them up in the order in which they become
 ready, whatever their names: all processes have to run the same layers. Hence what is refused below.
@@ -23,12 +23,18 @@ from transformers.integrations.deepspeed import propagate_args_to_deepspeed, uns
 from mllm_cl.errors import RecipeError
 from mllm_cl.recipe import Recipe
 from mllm_cl.training.launchers import deepspeed_config
+from mllm_cl.training.zero_weights import OnlyLayers, weights_in_shards, weights_on_all
 
 if TYPE_CHECKING:
     from mllm_cl.training.trainer import ContinualTrainer
 
-STAGES = {"zero1": 1, "zero2": 2}
-_SIZES = ("reduce_bucket_size", "allgather_bucket_size")
+STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}
+_SIZES = {
+    **dict.fromkeys((1, 2), ("reduce_bucket_size", "allgather_bucket_size")),
+    3: ("reduce_bucket_size", "stage3_param_persistence_threshold"),
+}
+# fetching ahead would need the same course of layers on all processes; the other replaces torch's `linear` for good
+_STAGE_3 = {"stage3_prefetch_bucket_size": 0, "memory_efficient_linear": False}
 _COMPILED_ON_CPU = "deepspeed_shm_comm"
 
 
@@ -77,10 +83,10 @@ def zero_section(training: Mapping[str, Any], started: str) -> dict[str, Any]:
     Raises:
         RecipeError: the configuration says what the recipe says already, or what no test has shown.
     """
-    config = deepspeed_config(training) or {}
+    config, stage = deepspeed_config(training) or {}, STAGES[started]
     given = {key: value for key, value in config.get("zero_optimization", {}).items() if value != "auto"}
     others = [key for key, value in config.items() if key != "zero_optimization" and value != "auto"]
-    others += [f"zero_optimization.{key}" for key in given if key not in ("stage", *_SIZES)]
+    others += [f"zero_optimization.{key}" for key in given if key not in ("stage", *_SIZES[stage])]
     for part in ("OPTIMIZER", "PARAM"):
         variable = f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE"
         if os.environ.get(variable, "none") != "none":
@@ -88,10 +94,11 @@ def zero_section(training: Mapping[str, Any], started: str) -> dict[str, Any]:
     if others:
         raise RecipeError(
             f"DeepSpeed's configuration: {', '.join(others)}: not supported.",
-            expected=f"zero_optimization with stage, {' and '.join(_SIZES)}; the rest is said by the recipe or `auto`",
+            expected=f"zero_optimization with stage, {' and '.join(_SIZES[stage])}; the rest is said by the recipe or `auto`",
             fix="remove these settings.",
         )
-    return {"stage": STAGES[started], **{key: given[key] for key in _SIZES if key in given}}
+    sizes = {key: given[key] for key in _SIZES[stage] if key in given}
+    return {"stage": stage, **sizes, **(_STAGE_3 if stage == 3 else {})}
 
 
 @contextlib.contextmanager
@@ -120,26 +127,23 @@ def engine_of_task(trainer: ContinualTrainer) -> Iterator[None]:
         }
     )
     plugin.select(_from_accelerator_state=True)
-    known = [(parameter, set(vars(parameter))) for parameter in model.parameters()]
     before = state.distributed_type, state.deepspeed_plugins, accelerator.gradient_accumulation_steps
     _set(state, DistributedType.DEEPSPEED, plugin)
     accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
     accelerator.deepspeed_engine_wrapped, trainer.is_deepspeed_enabled = None, True
-    try:
-        propagate_args_to_deepspeed(accelerator, args)
-        yield
-    finally:
-        accelerator.free_memory()  # the engine's hooks too
-        trainer.deepspeed, trainer.is_deepspeed_enabled = None, False
-        _set(state, *before[:2])
-        accelerator.gradient_accumulation_steps = before[2]
-        unset_hf_deepspeed_config()
-        for parameter, names in known:
-            for name in set(vars(parameter)) - names:
-                del vars(parameter)[name]
-            if parameter.requires_grad:
-                parameter.grad = None
-                parameter.data = parameter.data.clone()  # it was a view into a buffer of all of them
+    only_layers = OnlyLayers(model)
+    with (weights_in_shards if section["stage"] == 3 else weights_on_all)(model):
+        try:
+            trainer.add_callback(only_layers)
+            propagate_args_to_deepspeed(accelerator, args)
+            yield
+        finally:
+            trainer.remove_callback(only_layers)
+            accelerator.free_memory()  # the engine's hooks too
+            trainer.deepspeed, trainer.is_deepspeed_enabled = None, False
+            _set(state, *before[:2])
+            accelerator.gradient_accumulation_steps = before[2]
+            unset_hf_deepspeed_config()
 
 
 def _set(state: AcceleratorState, distributed_type: DistributedType, plugin: Any) -> None:

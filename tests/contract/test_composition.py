@@ -1,7 +1,7 @@
 """Every pair of methods: allowed ones learn two short tasks together, forbidden ones are refused with a message.
 
-All pairs are checked for being allowed; of the allowed ones every 37th is trained, and one for
-every method that is in none of these (a fixed sample: all of them take four minutes).
+All pairs are checked for being allowed. All allowed ones are trained once a week; on every commit every 37th of them, and
+one for every method that is in none of these.
 """
 
 from __future__ import annotations
@@ -83,7 +83,10 @@ def test_refusals_name_both_methods_and_what_to_do(words):
         assert any(word in message for word in ("remove", "keep one", "run it by itself"))
 
 
-@pytest.mark.parametrize("pair", TRAINED, ids="+".join)
+@pytest.mark.parametrize(
+    "pair",
+    [pytest.param(pair, marks=[] if pair in TRAINED else pytest.mark.weekly, id="+".join(pair)) for pair in ALLOWED],
+)
 def test_allowed_pairs_learn_two_tasks(pair, make_learner, small_stream, train_task):
     methods = [build_method(MethodSpec(name=name, options=TINY.get(name, {}))) for name in pair]
     learner, stream = make_learner(*methods, rank=2), small_stream(2, rows=4)

@@ -106,6 +106,16 @@ def write_stream(
     return path
 
 
+def mostly_text(folder: Path) -> Path:
+    """Writes a stream in which most batches hold no image at all."""
+    path = write_stream(folder, images=False)
+    rows = json.loads((folder / "task-1-train.json").read_text())
+    rows[3]["image"] = "red.png"
+    rows[3]["conversations"][0]["value"] = "<image>\nWhat is this?"
+    (folder / "task-1-train.json").write_text(json.dumps(rows))
+    return path
+
+
 @pytest.fixture(scope="session")
 def stream_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_stream(tmp_path_factory.mktemp("stream"))
@@ -217,6 +227,7 @@ class Helpers:
     methods = METHODS
     recipes = staticmethod(recipe_factory)
     write_stream = staticmethod(write_stream)
+    mostly_text = staticmethod(mostly_text)
     contents = staticmethod(contents)
 
 

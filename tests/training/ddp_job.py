@@ -1,7 +1,7 @@
 """What torchrun starts in `test_ddp.py`: runs the recipes of a JSON list one after another, in the same processes.
 
 `environment` in a request is what the launcher sets beside the ranks; `kill_at` kills the whole process group from outside
-in the middle, as a scheduler would.
+in the middle, as a scheduler would; `room` says how many rows each process can hold while it trains.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 torch.set_num_threads(1)
 
 from torch.distributed.tensor import DTensor
+from transformers import LlamaModel
 
 from mllm_cl.errors import MllmClError
 from mllm_cl.models.sharding import Shards
@@ -56,26 +57,48 @@ def watch_shards() -> None:
 
 
 partitions: dict[str, float] = {}
+current: list[str] = []  # the request's name
 
 
-def watch_partitions(name: str) -> None:
+def watch_partitions() -> None:
     """Notes what share of the trained parameters' optimizer states this process holds under DeepSpeed's engine."""
-    step = ContinualTrainer.training_step
+    original = ContinualTrainer.training_step
 
     def training_step(self: ContinualTrainer, model, *args, **kwargs):
         if self.is_deepspeed_enabled:
-            trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-            held = sum(part.numel() for part in model.optimizer.single_partition_of_fp32_groups)
-            partitions[name] = held / trained
-        return step(self, model, *args, **kwargs)
+            trained = sum(
+                getattr(parameter, "ds_numel", parameter.numel())
+                for parameter in self.model.parameters()
+                if parameter.requires_grad
+            )
+            own = "fp32_partitioned_groups_flat" if current[0].endswith("zero3") else "single_partition_of_fp32_groups"
+            partitions[current[0]] = sum(part.numel() for part in getattr(model.optimizer, own)) / trained
+        return original(self, model, *args, **kwargs)
 
     ContinualTrainer.training_step = training_step  # type: ignore[method-assign]
+
+
+room: list[int] = []
+
+
+def watch_memory(rank: int) -> None:
+    """Lets a training pass over more rows than there is room for run out of memory."""
+    forward = LlamaModel.forward
+
+    def held(self: LlamaModel, *args, **kwargs):
+        if room and torch.is_grad_enabled() and len(kwargs["inputs_embeds"]) > room[rank]:
+            raise RuntimeError("CUDA out of memory. Tried to allocate more than there is.")
+        return forward(self, *args, **kwargs)
+
+    LlamaModel.forward = held  # type: ignore[method-assign]
 
 
 def main() -> None:
     rank = int(os.environ["RANK"])
     sys.addaudithook(watch)
     watch_shards()
+    watch_partitions()
+    watch_memory(rank)
     requests = json.loads(Path(sys.argv[1]).read_text())
     outcome = {}
     for request in requests:
@@ -92,8 +115,8 @@ def main() -> None:
         for switch in SWITCHES:
             os.environ.pop(switch, None)
         os.environ.update(request.get("environment", {}))
-        if "ACCELERATE_USE_DEEPSPEED" in os.environ:
-            watch_partitions(request["name"])
+        room[:] = request.get("room", [])
+        current[:] = [request["name"]]
         try:
             run_stream(load_recipe(request["recipe"]))
             outcome[request["name"]] = "done"
@@ -104,7 +127,7 @@ def main() -> None:
             break  # the other process waits for this one
     gc.collect()
     kinds = ("DistributedDataParallel", "DeepSpeedEngine", "DeepSpeedZeroOptimizer")  # DeepSpeed need not be installed
-    wrappers = sum(type(thing).__name__ in kinds for thing in gc.get_objects())
+    wrappers = sum(type(thing).__name__.startswith(kinds) for thing in gc.get_objects())
     result = {"outcome": outcome, "written": sorted(set(written)), "wrappers": wrappers, "pieces": pieces}
     result["partitions"] = partitions
     Path(f"{sys.argv[1]}.{rank}").write_text(json.dumps(result))

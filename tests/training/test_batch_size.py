@@ -77,9 +77,12 @@ def test_other_errors_are_not_taken_for_it(trained, monkeypatch):
         trained(auto_find_batch_size=True)
 
 
-def test_shards_cannot_fail_together(monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "training", "named"), [("finetune", {"fsdp": True}, "fsdp2"), ("agem", {}, "ddp and agem")]
+)
+def test_what_waits_for_the_others_cannot_fail_alone(monkeypatch, method, training, named):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    training = {"auto_find_batch_size": True, "fsdp": True}
-    recipe = load_recipe({"name": "x", "output_dir": "x", "stream": {"name": "quickstart"}, "training": training})
-    with pytest.raises(RecipeError, match="auto_find_batch_size does not work with fsdp2"):
+    content = {"name": "x", "output_dir": "x", "stream": {"name": "quickstart"}, "methods": [method]}
+    recipe = load_recipe(content | {"training": {"auto_find_batch_size": True, **training}})
+    with pytest.raises(RecipeError, match=f"auto_find_batch_size does not work with {named}"):
         build_methods(recipe)
