@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ COLUMNS = {
 }
 COSTS = ("change of general ability", "training TFLOP", "seconds of training", "stored, last stage (kB)", "runs")
 TEST_ROWS = 160
+SHOWN = {"num_train_epochs": "epochs", "per_device_train_batch_size": "per batch", "learning_rate": "rate"}
 
 Run = dict[str, Any]
 
@@ -52,15 +53,21 @@ def jobs_of(
     streams: Sequence[str],
     orders: Sequence[str],
     seeds: Sequence[int],
-    epochs: float = TRAINING["num_train_epochs"],
+    changed: Mapping[str, float] | None = None,
     rows: int | None = None,
     test_rows: int = TEST_ROWS,
 ) -> list[Job]:
-    """The runs of a table, all methods of one setting together, so that what exists can be compared early."""
+    """The runs of a table, all methods of one setting together, so that what exists can be compared early.
+
+    Args:
+        changed: training settings that are not the usual ones of our benchmarks.
+    """
     limit = {"test": test_rows, "validation": 80} | ({"train": rows} if rows else {})
-    changes = {"training": {"num_train_epochs": epochs}, "stream": {"limit": limit}}
-    usual = (epochs, rows, test_rows) == (TRAINING["num_train_epochs"], None, TEST_ROWS)
-    budget = "" if usual else f", {epochs:g} epochs, {rows or 'all'} rows, {test_rows} test rows"
+    training = TRAINING | dict(changed or {})
+    usual = (training, rows, test_rows) == (TRAINING, None, TEST_ROWS)
+    changes = {} if usual else {"training": training, "stream": {"limit": limit}}
+    parts = [f"{training[name]:g} {shown}" for name, shown in SHOWN.items()]
+    budget = "" if usual else f", {', '.join(parts)}, {rows or 'all'} rows, {test_rows} test rows"
     return [
         Job(
             name + budget,
@@ -69,7 +76,7 @@ def jobs_of(
             STREAMS[stream][::-1] if order == "reversed" else None,
             order,
             seed,
-            changes={} if usual else changes,
+            changes=changes,
         )
         for seed in seeds
         for order in orders
@@ -194,6 +201,8 @@ def main() -> None:
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=float, default=TRAINING["num_train_epochs"])
+    parser.add_argument("--batch-size", type=int, default=TRAINING["per_device_train_batch_size"])
+    parser.add_argument("--learning-rate", type=float, default=TRAINING["learning_rate"])
     parser.add_argument("--rows", type=int, help="train rows per task; all when not given")
     parser.add_argument("--test-rows", type=int, default=TEST_ROWS, help="most test rows per task")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
@@ -203,10 +212,10 @@ def main() -> None:
     parser.add_argument("--report-only", action="store_true")
     given = parser.parse_args()
     if given.reduced:
-        jobs = jobs_of(given.methods, ["quickstart"], ["given"], [0], epochs=1, rows=48, test_rows=24)
+        jobs = jobs_of(given.methods, ["quickstart"], ["given"], [0], {"num_train_epochs": 1}, rows=48, test_rows=24)
     else:
-        settings = (given.epochs, given.rows, given.test_rows)
-        jobs = jobs_of(given.methods, given.streams, given.orders, given.seeds, *settings)
+        training = dict(zip(SHOWN, (given.epochs, given.batch_size, given.learning_rate)))
+        jobs = jobs_of(given.methods, given.streams, given.orders, given.seeds, training, given.rows, given.test_rows)
     failures: list[str] = []
     if not given.report_only:
         given.output.mkdir(parents=True, exist_ok=True)

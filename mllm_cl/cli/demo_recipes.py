@@ -14,8 +14,8 @@ from typing import Any
 DEMO: dict[str, Any] = {
     "limit": {"train": 256, "validation": 40, "test": 60},
     "num_train_epochs": 2,
-    "learning_rate": 5.0e-3,
-    "per_device_train_batch_size": 16,
+    "learning_rate": 3.0e-3,
+    "per_device_train_batch_size": 4,
     "lora": {"r": 8, "lora_alpha": 16},
     "evaluation": {"general": ["quickstart-general"], "drift": 8},
 }

@@ -53,7 +53,7 @@ def test_means_over_the_runs_that_exist(tmp_path, made):
 
 
 def test_other_budgets_and_other_options_are_not_read(tmp_path, made):
-    settings = {"epochs": 1, "rows": 48, "test_rows": 24}
+    settings = {"changed": {"num_train_epochs": 1}, "rows": 48, "test_rows": 24}
     small = methods_table.jobs_of(["finetune"], ["quickstart"], ["given"], [0], **settings)
     usual = methods_table.jobs_of(["finetune"], ["quickstart"], ["given"], [0])
     made(small[0])
@@ -68,7 +68,7 @@ def test_other_budgets_and_other_options_are_not_read(tmp_path, made):
 
 
 def test_the_page_keeps_what_a_person_wrote(tmp_path, made):
-    jobs = methods_table.jobs_of(["finetune"], ["quickstart", "study-letters"], ["given"], [0], epochs=2)
+    jobs = methods_table.jobs_of(["finetune"], ["quickstart", "study-letters"], ["given"], [0], {"num_train_epochs": 2})
     made(jobs[0])
     first = methods_table.page(jobs, tmp_path)
     assert methods_table.reading_of(first) == ""
