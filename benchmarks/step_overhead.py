@@ -1,6 +1,7 @@
 """Time per row of `ContinualTrainer` against the plain `transformers.Trainer`, in pairs within one process.
 
     python benchmarks/step_overhead.py --output step_overhead.json
+    python benchmarks/step_overhead.py --model 300m --rows 32 --batch 16 --rounds 2   # random weights; an hour on one core
 
 All train the same LoRA on the same model for as many rows per step:
 
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from evaluation import SHAPES, random_model
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -68,6 +70,11 @@ def task_of(rows: int) -> Task:
     return Task("rows", found[:rows], test=())
 
 
+def loaded(name: str) -> tuple[Any, Any]:
+    """The tiny LLaVA, or random weights in one of the larger shapes (16 tokens per image)."""
+    return load_model(name) if name == "tiny-llava" else random_model(name, torch.float32, image_size=56)
+
+
 def arguments(folder: Path, batch: int) -> TrainingArguments:
     """The same for all variants."""
     return TrainingArguments(
@@ -98,9 +105,9 @@ class StepsDone(TrainerCallback):
         self.at = time.perf_counter()
 
 
-def plain(rows: int, batch: int, folder: Path) -> Times:
+def plain(name: str, rows: int, batch: int, folder: Path) -> Times:
     """Seconds to train `rows` rows with `transformers.Trainer`."""
-    model, processor = load_model("tiny-llava")
+    model, processor = loaded(name)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=lora_targets(model))
     trainer = Trainer(
         model=get_peft_model(model, lora),  # type: ignore[arg-type]
@@ -113,9 +120,9 @@ def plain(rows: int, batch: int, folder: Path) -> Times:
     return time.perf_counter() - start, 0.0, 0.0
 
 
-def continual(methods: Callable[[], list[Method]], rows: int, batch: int, folder: Path) -> Times:
+def continual(methods: Callable[[], list[Method]], name: str, rows: int, batch: int, folder: Path) -> Times:
     """Seconds to train `rows` rows with `ContinualTrainer`."""
-    model, processor = load_model("tiny-llava")
+    model, processor = loaded(name)
     learner = Learner(model, processor, methods(), seed=0)
     start = time.perf_counter()
     task = task_of(rows)
@@ -131,6 +138,7 @@ def continual(methods: Callable[[], list[Method]], rows: int, batch: int, folder
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["tiny-llava", *SHAPES], default="tiny-llava")
     parser.add_argument("--rows", type=int, default=512, help="rows per measurement, inquiries included")
     parser.add_argument("--batch", type=int, default=32, help="rows per step, inquiries included")
     parser.add_argument("--rounds", type=int, default=5)
@@ -138,8 +146,8 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
 
-    half = {"rows": given.rows // 2, "batch": given.batch // 2}
-    whole = {"rows": given.rows, "batch": given.batch}
+    whole: dict[str, Any] = {"name": given.model, "rows": given.rows, "batch": given.batch}
+    half = whole | {"rows": given.rows // 2, "batch": given.batch // 2}
     variants: dict[str, Callable[[Path], Times]] = {
         "plain": lambda folder: plain(**whole, folder=folder),
         "no methods": lambda folder: continual(list, **whole, folder=folder),
@@ -174,7 +182,14 @@ def main() -> None:
         }
         for name, own in seconds.items()
     }
-    report = {"rows": given.rows, "batch": given.batch, "threads": 1, "torch": torch.__version__, "variants": result}
+    report = {
+        "model": given.model,
+        "rows": given.rows,
+        "batch": given.batch,
+        "threads": 1,
+        "torch": torch.__version__,
+        "variants": result,
+    }
     print(json.dumps(report, indent=2))
     if given.output:
         given.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

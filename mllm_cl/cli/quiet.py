@@ -41,6 +41,7 @@ def be_quiet(verbose: bool = False, level: int = logging.WARNING) -> None:
     if verbose:
         return
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # they tear ours apart; read when it is imported
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning per loader process
     for message, category, _ in KNOWN_NOISE:
         warnings.filterwarnings("ignore", message=message, category=category)
