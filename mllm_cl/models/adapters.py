@@ -196,7 +196,9 @@ def clear_adapter(model: PeftModel, name: str) -> None:
 
 
 def write_deltas(model: PeftModel, name: str, deltas: Mapping[str, LowRankDelta], rank: int) -> None:
-    """Makes `name` the adapter with exactly these updates, all at `rank` (padded with zeros) and scaling 1."""
+    """Makes `name` the adapter with exactly these updates, all at `rank` (padded with zeros) and scaling 1; one that was trained
+    stays trainable."""
+    trained = any(parameter.requires_grad for parameter in adapter_parameters(model, name).values())
     config = plain_config(next(iter(model.peft_config.values())), rank)
     current = [other for other in next(lora_layers(model))[1].active_adapters if other != name]
     if name in adapter_names(model):
@@ -204,6 +206,8 @@ def write_deltas(model: PeftModel, name: str, deltas: Mapping[str, LowRankDelta]
     add_adapter(model, name, config, seed=0)
     write_update(model, name, deltas)
     set_active(model, [*current, name])
+    for parameter in adapter_parameters(model, name).values():
+        parameter.requires_grad_(trained)
 
 
 def adapter_state(model: PeftModel, name: str) -> dict[str, Tensor]:

@@ -281,6 +281,14 @@ def test_written_adapters_keep_the_choice_of_layers(base, config):
     assert len(list(adapters.lora_layers(model))) == 2
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_written_adapters_are_as_trainable_as_before(model, trained):
+    """A method that consolidates may come before one that takes gradients at the end of a task."""
+    adapters.set_trainable(model, ["default"] if trained else [])
+    adapters.write_deltas(model, "default", adapters.adapter_deltas(model, "default"), rank=6)
+    assert {p.requires_grad for p in adapters.adapter_parameters(model, "default").values()} == {trained}
+
+
 @pytest.mark.parametrize("task", ["plates", "v1.0", "keys", "lora_A", "default", "a-b_c.d"])
 def test_every_task_name_makes_an_adapter(model, config, task):
     name = adapters.task_adapter(task)
