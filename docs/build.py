@@ -90,8 +90,8 @@ def compatibility_page() -> str:
     lines += ["", "## Why not", ""]
     lines += [
         *(f"* **{name} with model.quantization**: {why}." for name, why in QUANTIZED.items()),
-        "* **zero3, methods with a no**: they add a term to the loss or train parameters of their own. Adapters are in shards",
-        "  there, so a penalty cannot read them, and all processes have to run the model equally often in a step.",
+        "* **zero3, methods with a no**: they read the adapters within a step (penalties) or train parameters of their own.",
+        "  Adapters are in shards there.",
         "* **zero1, zero2 and zero3, methods with a no**: they act around the optimizer's step. DeepSpeed steps within the",
         "  backward pass, from copies of its own, and frees the gradients.",
         "",

@@ -30,7 +30,7 @@ HOOKS = (
 
 EVERY_LAUNCHER = frozenset({"single", "ddp", "zero1", "zero2", "zero3", "fsdp2"})
 WITHIN_STEPS = EVERY_LAUNCHER - {"zero3"}
-"""For terms and parameters of a method's own: ZeRO-3 has adapters in shards and wants one forward pass per step."""
+"""For parameters of a method's own, and terms that read those of the adapters: ZeRO-3 has them in shards."""
 AROUND_STEPS = WITHIN_STEPS - {"zero1", "zero2"}
 """For `before_step` and `after_step`: DeepSpeed steps within the backward pass, from weights of its own."""
 
@@ -192,6 +192,9 @@ class Method:
 
     def loss_terms(self, ctx: Context, model: nn.Module, batch: TrainBatch, outputs: Any) -> dict[str, Tensor]:
         """Returns named terms that are added to the cross-entropy, already weighted and scaled with `batch.share`.
+
+        Under ZeRO-3 all processes run the layers equally often: what depends on companions passes each kind of them through the
+        model once (processes without that kind pass other rows), and all else is passed by all.
 
         Args:
             model: the model as the launcher wrapped it; for a further forward pass with gradients.

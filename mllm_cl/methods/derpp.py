@@ -23,7 +23,7 @@ from mllm_cl.data.inquiry import attach
 from mllm_cl.data.memory import look_up, reservoir
 from mllm_cl.data.rows import Row, Rows
 from mllm_cl.methods._terms import row_likelihoods, target_logits
-from mllm_cl.methods.base import WITHIN_STEPS, Context, Method, MethodState, TrainBatch
+from mllm_cl.methods.base import EVERY_LAUNCHER, Context, Method, MethodState, TrainBatch
 
 _AT_ONCE = 16
 Entry = tuple[str, str]
@@ -43,7 +43,7 @@ class DerPlusPlus(Method):
     name = "derpp"
     summary = "replay stored rows with their answers and top-k logits"
     needs = frozenset({"past_rows"})
-    supports = WITHIN_STEPS
+    supports = EVERY_LAUNCHER
 
     def __init__(
         self,

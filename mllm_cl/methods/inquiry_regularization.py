@@ -28,7 +28,7 @@ from mllm_cl.data.rows import Row, Rows
 from mllm_cl.errors import MethodError, suggest
 from mllm_cl.methods._held import held_inquiries, reference_targets
 from mllm_cl.methods._probe import DISTANCES, Distance, Positions, Probe, Target
-from mllm_cl.methods.base import WITHIN_STEPS, Context, Method, MethodState, ReferenceKind, TrainBatch
+from mllm_cl.methods.base import EVERY_LAUNCHER, Context, Method, MethodState, ReferenceKind, TrainBatch
 
 _DEFAULTS: dict[str, Any] = {
     "weight": 1.0,
@@ -88,7 +88,7 @@ class InquiryRegularization(Method):
     name = "inquiry_regularization"
     summary = "UIR of LLaVA-c: hold the answers to unlabelled inquiries to a frozen reference"
     needs = frozenset({"previous", "generate"})
-    supports = WITHIN_STEPS
+    supports = EVERY_LAUNCHER
 
     def __init__(
         self,

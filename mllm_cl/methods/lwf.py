@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mllm_cl.methods._terms import distillation, target_logits, top_k_distillation, top_log_probabilities
-from mllm_cl.methods.base import WITHIN_STEPS, Context, Method, TrainBatch
+from mllm_cl.methods.base import EVERY_LAUNCHER, Context, Method, TrainBatch
 
 
 class LwF(Method):
@@ -34,7 +34,7 @@ class LwF(Method):
     name = "lwf"
     summary = "distil the previous stage on the current inputs"
     needs = frozenset({"previous"})
-    supports = WITHIN_STEPS
+    supports = EVERY_LAUNCHER
 
     def __init__(
         self,

@@ -23,7 +23,7 @@ from torch.nn.functional import log_softmax
 
 from mllm_cl.data.collate import IGNORED
 from mllm_cl.methods._terms import target_logits
-from mllm_cl.methods.base import WITHIN_STEPS, Context, Method, TrainBatch
+from mllm_cl.methods.base import EVERY_LAUNCHER, Context, Method, TrainBatch
 
 _TOP = 20
 
@@ -39,7 +39,7 @@ class TokenWeights(Method):
 
     name = "token_weights"
     summary = "weigh answer tokens by entropy or probability (EAFT, DFT, TALR)"
-    supports = WITHIN_STEPS
+    supports = EVERY_LAUNCHER
 
     def __init__(
         self,

@@ -146,6 +146,16 @@ class Learner:
         """Within the context, the training of a task, the frozen weights are in shards if they were to be sharded."""
         return contextlib.nullcontext() if self.shards is None else self.shards.sharded()
 
+    @property
+    def adapters_in_shards(self) -> bool:
+        """True if no process has the whole adapters while a task is trained."""
+        return self.zero is not None and self.zero["stage"] == 3
+
+    @property
+    def layers_in_shards(self) -> bool:
+        """True if all processes have to run the layers equally often while a task is trained."""
+        return self.shards is not None or self.adapters_in_shards
+
     def whole(self) -> contextlib.AbstractContextManager[None]:
         """Within the context, in the midst of the training, processes may run the model as often as each likes."""
         return contextlib.nullcontext() if self.shards is None else self.shards.whole()

@@ -92,6 +92,7 @@ class ContinualTrainer(CheckpointedTrainer):
         self._term_sums: dict[str, Tensor] = {}
         self._term_count = 0
         self._totals: dict[str, Any] = {}
+        self._missing: set[str] = set()  # kinds of companions that only other processes have in this step, under ZeRO-3
         super().__init__(
             model=learner.model,
             args=args,
@@ -202,20 +203,25 @@ class ContinualTrainer(CheckpointedTrainer):
                 for name, term in method.loss_terms(self.ctx, model, batch, outputs).items():
                     loss = loss + term.to(loss.device)
                     self._term_sums[name] = self._term_sums.get(name, 0.0) + term.detach()
-        in_pieces = self.learner.zero is not None and self.learner.zero["stage"] == 3
-        if model.training and self.accelerator.num_processes > 1 and not in_pieces:
+        for _ in self._missing:  # what other processes have passed through the model, so that all gather as many layers
+            passed = {name: value for name, value in inputs.items() if name != "labels"}
+            loss = loss + 0.0 * model(**passed).logits.sum()
+        if model.training and self.accelerator.num_processes > 1 and not self.learner.adapters_in_shards:
             # DDP waits for every trained parameter, also for those that this process's rows do not reach (no image, no inquiry)
             loss = loss + 0.0 * torch.stack([parameter.sum() for parameter in self._trained]).sum()
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        if self.learner.shards is None or not self._term_methods:
-            return super().training_step(model, inputs, *args, **kwargs)
-        kinds = [float(kind in inputs.get(COMPANIONS, {})) for kind in COMPANION_KINDS]
-        having: Any = self.accelerator.reduce(torch.tensor(kinds, device=self.args.device), reduction="sum")
-        even = all(count in (0, self.accelerator.num_processes) for count in having.tolist())
-        # otherwise some processes would run the layers, and gather their weights, more often than others
-        with contextlib.nullcontext() if even else self.learner.whole():
+        own = inputs.get(COMPANIONS, {})
+        uneven: set[str] = set()
+        if self.learner.layers_in_shards and self._term_methods:
+            # where only some processes have a kind, they would run the layers, and gather their weights, more often
+            kinds = torch.tensor([float(kind in own) for kind in COMPANION_KINDS], device=self.args.device)
+            having: Any = self.accelerator.reduce(kinds, reduction="sum")
+            full = (0, self.accelerator.num_processes)
+            uneven = {kind for kind, count in zip(COMPANION_KINDS, having.tolist()) if count not in full}
+        self._missing = uneven - set(own) if self.learner.adapters_in_shards else set()
+        with self.learner.whole() if uneven else contextlib.nullcontext():
             return super().training_step(model, inputs, *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
