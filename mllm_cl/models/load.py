@@ -69,6 +69,7 @@ def load_model(
         check_bitsandbytes(quantization)
     source, settings = resolve_model(name_or_path), _settings(revision, trust_remote_code)
     with _explained(name_or_path):
+        check_architecture(AutoConfig.from_pretrained(source, **settings), name_or_path)
         processor = load_processor(source, **settings)
         kind, given = _model_class(source, processor, **settings), dict(settings)
         if quantization is not None:
@@ -116,6 +117,7 @@ def empty_model(section: ModelSection) -> PreTrainedModel:
     source, settings = resolve_model(section.name_or_path), _settings(section.revision, section.trust_remote_code)
     with _explained(section.name_or_path):
         config = AutoConfig.from_pretrained(source, **settings)
+        check_architecture(config, section.name_or_path)
         kind = _model_class(source, load_processor(source, **settings), **settings)
         dtype = (config.dtype or torch.float32) if section.dtype == "auto" else getattr(torch, section.dtype)
         with torch.device("meta"):
@@ -183,6 +185,20 @@ def _quantization_config(
     with torch.device("meta"):
         empty = kind.from_config(config, trust_remote_code=settings["trust_remote_code"])
     return quantization_config(empty, quantization, torch.bfloat16 if dtype == "auto" else getattr(torch, dtype))
+
+
+def check_architecture(config: PretrainedConfig, name: str) -> None:
+    """Refuses a model that does not write its answer behind the question: its labels would mean something else.
+
+    Raises:
+        ModelError: question and answer go into an encoder and a decoder of their own.
+    """
+    if config.is_encoder_decoder or getattr(config.get_text_config(), "is_encoder_decoder", False):
+        raise ModelError(
+            f"{name}: {config.model_type} has an encoder for the question and a decoder for the answer.",
+            expected="a model whose decoder reads images, question and answer as one sequence",
+            fix="choose another model.",
+        )
 
 
 def check_processor(processor: ProcessorMixin, name: str) -> None:

@@ -1,15 +1,18 @@
 """Finds the parts of an image-text model without knowing it by name: decoder, vision tower, bridge.
 
 The decoder and the vision tower come from the accessors of transformers; their dotted names from identity over
-`named_modules()`. The bridge is what lies beside them in the same parent and has parameters; where there is nothing, it is
-the part of the vision tower whose output is as wide as the decoder.
+`named_modules()`. The bridge is what lies beside them in the innermost module that holds both and has parameters, towers
+of other inputs left out; where there is nothing, it is the part of the vision tower whose output is as wide as the decoder.
+The language part is what of the decoder is in neither: some decoders hold the vision tower.
 """
 
 from __future__ import annotations
 
 import re
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from mllm_cl.errors import ModelError
@@ -45,12 +48,35 @@ def bridge_names(model: PreTrainedModel) -> list[str]:
     decoder, vision = decoder_name(model), vision_name(model)
     if vision is None:
         return []
-    parent = decoder.rpartition(".")[0]
+    if f"{vision}.".startswith(f"{decoder}."):
+        return _inner_bridge(model, vision)
+    parent = _common_parent(decoder, vision)
     prefix = f"{parent}." if parent else ""
-    children = model.get_submodule(parent).named_children()
-    names = [f"{prefix}{name}" for name, child in children if next(child.parameters(), None) is not None]
-    beside = [name for name in names if name not in (decoder, vision) and not vision.startswith(f"{name}.")]
+    beside = [
+        f"{prefix}{name}"
+        for name, child in model.get_submodule(parent).named_children()
+        if next(child.parameters(), None) is not None
+        and not any(f"{part}.".startswith(f"{prefix}{name}.") for part in (decoder, vision))
+        and not _is_elsewhere(model, child)
+    ]
     return beside or _inner_bridge(model, vision)
+
+
+def _common_parent(one: str, other: str) -> str:
+    """The dotted name of the innermost module that holds both, itself neither of them."""
+    shared = []
+    for first, second in zip(one.split(".")[:-1], other.split(".")[:-1]):
+        if first != second:
+            break
+        shared.append(first)
+    return ".".join(shared)
+
+
+def _is_elsewhere(model: PreTrainedModel, module: nn.Module) -> bool:
+    """True for the head, and for towers that read sound, or pixels by themselves (a second eye, a tokenizer of images)."""
+    if module is model.get_output_embeddings() or module is model.get_encoder(modality="audio"):
+        return True
+    return isinstance(module, PreTrainedModel) and module.main_input_name != PreTrainedModel.main_input_name
 
 
 def _inner_bridge(model: PreTrainedModel, vision: str) -> list[str]:
@@ -80,8 +106,27 @@ def linear_names(model: nn.Module, prefix: str) -> list[str]:
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and (name == prefix or name.startswith(f"{prefix}."))
+        if _is_linear(module) and (name == prefix or name.startswith(f"{prefix}."))
     ]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """True for what computes as a linear layer; a router of experts may inherit from one and return a choice instead."""
+    if not isinstance(module, nn.Linear):
+        return False
+    if type(module).forward is nn.Linear.forward or not type(module).__module__.startswith("transformers."):
+        return True
+    empty = {name: torch.empty_like(value, device="meta") for name, value in module.named_parameters()}
+    with torch.no_grad():
+        answer = functional_call(module, empty, (empty["weight"].new_empty(1, module.in_features),))
+    return isinstance(answer, Tensor)
+
+
+def language_linears(model: PreTrainedModel) -> list[str]:
+    """Returns the dotted names of the linear layers of the language part: of the decoder, without what it holds of the
+    vision tower and the bridge."""
+    others = tuple(f"{name}." for names in part_names(model).values() for name in names)
+    return [name for name in linear_names(model, decoder_name(model)) if not f"{name}.".startswith(others)]
 
 
 def lora_targets(model: PreTrainedModel, *, bridge: bool = False, vision: bool = False) -> str:
@@ -92,7 +137,7 @@ def lora_targets(model: PreTrainedModel, *, bridge: bool = False, vision: bool =
     Raises:
         ModelError: a part that was asked for does not exist.
     """
-    names = linear_names(model, decoder_name(model))
+    names = language_linears(model)
     if bridge:
         parts = bridge_names(model)
         if not parts:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from mllm_cl.errors import ModelError
-from mllm_cl.models.parts import decoder_name
+from mllm_cl.models.parts import language_linears
 
 Quantization = Literal["4bit", "8bit"]
 
@@ -41,10 +41,8 @@ def quantization_config(empty: PreTrainedModel, kind: Quantization, dtype: torch
         kind: `4bit` (nf4, scales quantised again) or `8bit`.
         dtype: dtype of the computations.
     """
-    decoder = f"{decoder_name(empty)}."
-    kept = [
-        name for name, module in empty.named_modules() if isinstance(module, nn.Linear) and not name.startswith(decoder)
-    ]
+    language = set(language_linears(empty))
+    kept = [name for name, module in empty.named_modules() if isinstance(module, nn.Linear) and name not in language]
     if kind == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=kept)
     return BitsAndBytesConfig(
@@ -76,8 +74,8 @@ def finish_loading(model: PreTrainedModel) -> None:
     Raises:
         ModelError: a layer outside the language part was quantised, or none at all.
     """
-    decoder, names = f"{decoder_name(model)}.", quantised_names(model)
-    outside = [name for name in names if not name.startswith(decoder)]
+    language, names = set(language_linears(model)), quantised_names(model)
+    outside = [name for name in names if name not in language]
     if outside or not names:
         raise ModelError(
             f"model.quantization: {outside[0] + ' is outside the language part' if outside else 'no layer was quantised'}.",

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import Florence2Config
 
 from mllm_cl.data.collate import Collator
 from mllm_cl.errors import ModelError
@@ -55,6 +56,15 @@ def test_a_model_without_a_chat_template_is_refused(tmp_path, fixture_folder):
         load.load_model(str(tmp_path / "model"))
     _, processor = load.load_model(str(tmp_path / "model"), prompt_profile="llava_v1")
     assert processor.chat_template
+
+
+def test_a_model_with_an_encoder_for_the_question_is_refused(tmp_path):
+    """It would train without complaint: the answer would stand in the question, and the labels on both sides."""
+    folder, bart = tmp_path / "model", {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
+    Florence2Config(text_config={"model_type": "bart", **bart}).save_pretrained(folder)
+    with pytest.raises(ModelError, match="florence2 has an encoder for the question") as caught:
+        load.load_model(str(folder))
+    assert "one sequence" in str(caught.value)
 
 
 def test_the_fingerprint_is_that_of_the_base(fresh):

@@ -5,13 +5,17 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
+import transformers as t
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import PreTrainedModel
 
 from mllm_cl.errors import ModelError
 from mllm_cl.models import parts
 from mllm_cl.models.load import load_model
+from mllm_cl.models.quantize import quantization_config
 
 KINDS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
@@ -93,3 +97,50 @@ def test_missing_parts_are_named():
         parts.lora_targets(mixed, bridge=True)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="no vision tower was found"):
         parts.lora_targets(mixed, vision=True)  # type: ignore[arg-type]
+
+
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def empty(config) -> PreTrainedModel:
+    with torch.device("meta"):
+        return t.AutoModelForImageTextToText.from_config(config)
+
+
+def test_a_router_of_experts_is_no_linear_layer():
+    """It inherits from one, but returns scores and logits: an adapter around it would break the forward pass."""
+    text = {**SMALL, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size_mlp": 32, "num_local_experts": 2}
+    model = empty(t.Llama4Config(text_config=text, vision_config={**SMALL, "vision_output_dim": 16}))
+    routers = [name for name, module in model.named_modules() if name.endswith(".router")]
+    assert routers
+    assert isinstance(model.get_submodule(routers[0]), nn.Linear)
+    assert not hit(model, parts.lora_targets(model)) & set(routers)
+    assert not set(quantization_config(model, "4bit", torch.float32).llm_int8_skip_modules or ()).isdisjoint(routers)
+
+
+def test_the_vision_tower_inside_a_decoder_is_not_language():
+    vision = {**SMALL, "embed_dim": 16, "image_size": 14, "patch_size": 7}
+    model = empty(t.IdeficsConfig(**SMALL, vision_config=vision, use_resampler=False, cross_layer_interval=1))
+    tower = parts.vision_name(model) or ""
+    assert tower.startswith(f"{parts.decoder_name(model)}.")
+    language = hit(model, parts.lora_targets(model))
+    assert language
+    assert language.isdisjoint(parts.linear_names(model, tower))
+    assert hit(model, parts.lora_targets(model, vision=True)) == language | set(parts.linear_names(model, tower))
+    with pytest.raises(ModelError, match="no bridge was found"):  # the head lies beside the decoder, but is no bridge
+        parts.lora_targets(model, bridge=True)
+
+
+def test_the_bridge_lies_beside_a_decoder_that_is_deeper_than_the_tower():
+    text = {"model_type": "opt", **SMALL, "ffn_dim": 32, "word_embed_proj_dim": 16}
+    config = t.InstructBlipConfig(text_config=text, vision_config=SMALL, qformer_config=SMALL)
+    model = empty(config)
+    assert "." in parts.decoder_name(model)
+    assert parts.bridge_names(model) == ["qformer", "language_projection"]
+
+
+def test_other_towers_are_no_bridge():
+    text = {**SMALL, "num_key_value_heads": 1}
+    tower = {**SMALL, "image_size": 14, "patch_size": 7}
+    config = t.VideoLlavaConfig(text_config=t.LlamaConfig(**text), vision_config=t.CLIPVisionConfig(**tower))
+    assert parts.bridge_names(empty(config)) == ["model.multi_modal_projector"]
