@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -26,11 +26,12 @@ from transformers import PreTrainedModel
 
 from mllm_cl.data.collate import Collator
 from mllm_cl.data.rows import Row
+from mllm_cl.errors import ModelError
 from mllm_cl.evaluation.engine import GenerationSettings, token_counts
 from mllm_cl.methods import adapter_policy
 from mllm_cl.methods.base import Method
 from mllm_cl.models.load import empty_model, processor_of_section
-from mllm_cl.models.parts import decoder_name, lora_targets
+from mllm_cl.models.parts import language_linears, lora_targets
 from mllm_cl.recipe import Recipe
 from mllm_cl.training.arguments import DEFAULTS
 from mllm_cl.training.capabilities import check_lora
@@ -111,7 +112,7 @@ def estimate_memory(
     quantised = section.quantization
     weights = sum(_bytes(tensor) for tensor in [*model.parameters(), *model.buffers()])
     if quantised is not None:
-        weights -= round(sum(_saved_bytes(module.weight, quantised) for module in _decoder_linears(model)))
+        weights -= round(sum(_saved_bytes(module.weight, quantised) for module in _language_linears(model)))
     settings = check_lora(section.lora)
     settings.target_modules = settings.target_modules or targets
     adapted = _with_adapter(model, settings)
@@ -119,7 +120,7 @@ def estimate_memory(
     policy = adapter_policy(methods, section.adapters)
     copies = _adapters_at_once(policy, section.max_rank or 4 * settings.r, settings.r)
 
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with _explained(section.name_or_path), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         _make_fake(adapted, mode)
         together = rows * (1.0 + _companions(methods))
         steps = [
@@ -148,6 +149,19 @@ def estimate_memory(
     )
 
 
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turns what a model raises when it is run without values into one clear message."""
+    try:
+        yield
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{name}: its memory cannot be estimated, the model does not run without values "
+            f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}).",
+            fix="measure a run of one step instead (training.max_steps=1); all else that doctor says holds.",
+        ) from error
+
+
 def optimizer_bytes(name: str) -> int:
     """Returns what an optimizer of transformers keeps per trainable parameter."""
     return _OPTIMIZER_BYTES.get(name.split(".")[-1].lower(), _ADAMW_BYTES)
@@ -170,9 +184,8 @@ def _companions(methods: Sequence[Method]) -> float:
     return sum(float(getattr(method, "ratio", 0.0)) for method in methods)
 
 
-def _decoder_linears(model: PreTrainedModel) -> Iterator[nn.Linear]:
-    decoder = f"{decoder_name(model)}."
-    return (m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.startswith(decoder))
+def _language_linears(model: PreTrainedModel) -> Iterator[nn.Linear]:
+    return (cast(nn.Linear, model.get_submodule(name)) for name in language_linears(model))
 
 
 def _with_adapter(model: PreTrainedModel, settings: LoraConfig) -> PeftModel:
@@ -214,10 +227,12 @@ def _training_peak(model: PeftModel, rows: int, length: int, training: dict[str,
         inputs = torch.zeros(rows, length, embedding.shape[1], dtype=embedding.dtype)
         labels = torch.zeros(rows * length, dtype=torch.long)
         with torch.autocast("cpu", torch.bfloat16, enabled=bool(training.get("bf16"))):
-            hidden = decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state
-            logits = head(hidden).float()
+            out = decoder(inputs_embeds=inputs, use_cache=False)
+            logits = (
+                out.logits if "logits" in out else head(out.last_hidden_state)
+            ).float()  # some have their own head
             loss = nn.functional.cross_entropy(logits.view(rows * length, -1), labels, reduction="sum")
-        del hidden, logits
+        del out, logits
         gradients = torch.autograd.grad(loss, trainable, allow_unused=True)
     own = sum(_bytes(gradient) for gradient in gradients if gradient is not None)
     return max(0, peak.largest - own)
@@ -231,8 +246,16 @@ def _generation_peak(model: PeftModel, rows: int, length: int) -> int:
     with torch.no_grad(), _peak() as peak:
         inputs = torch.zeros(rows, length, embedding.shape[1], dtype=embedding.dtype)
         out = base.get_decoder()(inputs_embeds=inputs, use_cache=True)
-        base.get_output_embeddings()(out.last_hidden_state[:, -1:])
+        if "logits" not in out:
+            base.get_output_embeddings()(out.last_hidden_state[:, -1:])
     return peak.largest
+
+
+def _without_values(func: Any, args: Any, kwargs: Any) -> Any:
+    """Runs an operation; products over groups of experts have a rule for tensors without values in bfloat16 alone."""
+    if func is not torch.ops.aten._grouped_mm.default or args[0].dtype == torch.bfloat16:
+        return func(*args, **kwargs)
+    return func(args[0].bfloat16(), args[1].bfloat16(), *args[2:], **kwargs).to(args[0].dtype)
 
 
 class _Peak(TorchDispatchMode):
@@ -245,7 +268,7 @@ class _Peak(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        out = func(*args, **(kwargs or {}))
+        out = _without_values(func, args, kwargs or {})
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in before:
                 self._note(leaf.untyped_storage())

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForImageTextToText, Llama4Config, Qwen3VLMoeConfig
 
+from mllm_cl.errors import ModelError
 from mllm_cl.methods import build_method
 from mllm_cl.models import adapters
 from mllm_cl.models.load import empty_model, load_model
+from mllm_cl.models.parts import lora_targets
 from mllm_cl.recipe import MethodSpec, load_recipe
 from mllm_cl.training.learner import Learner
-from mllm_cl.training.memory import _Peak, estimate_memory, longest, readable
+from mllm_cl.training.memory import _make_fake, _Peak, _training_peak, estimate_memory, longest, readable
 
 LORA = {"r": 4, "lora_alpha": 8}
 
@@ -41,8 +46,6 @@ def test_what_can_be_counted_is_exact(estimate, fixture_folder, fresh):
     found = estimate("finetune")
     model, processor = fresh()
     assert found.weights == sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
-    from peft import LoraConfig
-
     learner = Learner(model, processor, [], LoraConfig(**LORA))
     own = sum(p.numel() * 4 for p in adapters.adapter_parameters(learner.model, "default").values())
     assert (found.adapters, found.gradients, found.optimizer) == (own, own, 2 * own)
@@ -97,6 +100,45 @@ def test_the_peak_is_what_lives_at_once():
     assert peak.largest == 8000
     assert peak.alive == 4000
     assert three.numel() == 1000
+
+
+TEXT = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "vocab_size": 300, "pad_token_id": 0,
+}  # fmt: skip
+EXPERTS = {
+    "their own rule for groups": Qwen3VLMoeConfig(
+        text_config={
+            **TEXT, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4},
+        },
+        vision_config={"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 16},
+    ),
+    "a decoder with its head": Llama4Config(
+        text_config={**TEXT, "intermediate_size_mlp": 32, "num_local_experts": 2},
+        vision_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vision_output_dim": 16},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", EXPERTS.values(), ids=EXPERTS)
+def test_models_of_experts_are_simulated(config):
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+        adapted = get_peft_model(model, LoraConfig(r=2, target_modules=lora_targets(model)))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        _make_fake(adapted, mode)
+        one, four = (_training_peak(adapted, rows, 16, {}) for rows in (1, 4))
+    assert 2 < four / one < 5
+
+
+def test_a_model_that_cannot_be_simulated_is_named(estimate, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("aten.nonzero.default\nmore")
+
+    monkeypatch.setattr("mllm_cl.training.memory._training_peak", fails)
+    with pytest.raises(ModelError, match=r"cannot be estimated.*\(RuntimeError: aten.nonzero.default\)"):
+        estimate("finetune")
 
 
 def test_the_longest_rows_are_taken(loaded, make_row):
