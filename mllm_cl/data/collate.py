@@ -67,7 +67,7 @@ class Collator:
         """Returns the rendered inquiry with one placeholder per image, and the fitted images; for engines that expand
         placeholders themselves."""
         messages, images = self._conversation(row)
-        return self.chat.prompt(messages), images
+        return self.chat.prompt(messages, row["id"]), images
 
     def inputs(self, rows: Sequence[Row]) -> dict[str, Any]:
         """Returns the model inputs of these rows, companions left out.
@@ -110,7 +110,9 @@ class Collator:
         """The row as the parts of its text, with the decoded images in the first."""
         messages, images = conversation
         parts = (
-            [Part(self.chat.prompt(messages), False)] if self.for_generation else self.chat.parts(messages, row["id"])
+            [Part(self.chat.prompt(messages, row["id"]), False)]
+            if self.for_generation
+            else self.chat.parts(messages, row["id"])
         )
         blocks = [{"type": "image", "image": image} for image in images]
         return [

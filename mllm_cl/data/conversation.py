@@ -2,9 +2,10 @@
 
 A chat template with `{% generation %}` markers says it itself. For all others it is found by rendering: the conversation
 is rendered a second time with a placeholder for every answer, and what surrounds the placeholders is looked up in the
-real text. An answer begins where the generation prompt ends (the model has to produce all that follows) and includes the
-token that ends the turn. A template that ends its turns with nothing gets the tokenizer's end token after the last one,
-since the model would otherwise never learn to stop.
+real text. An answer begins where the generation prompt ends (the model has to produce all that follows, a space before it
+too) and includes what ends the turn: the control tokens behind it, but not those that begin another turn. A template that
+ends its turns with nothing gets the tokenizer's end token after the last one, since the model would otherwise never learn
+to stop.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
 from transformers import ProcessorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -28,6 +30,7 @@ RENDERED = (
     "{% else %}{{ part.text }}{% endif %}{% endfor %}"
 )
 _PLACEHOLDER = "answer{}placeholder"
+_QUESTION = [{"role": "user", "content": [{"type": "text", "text": "question"}]}]
 
 
 class Part(NamedTuple):
@@ -56,9 +59,13 @@ class ChatTemplate:
         }
         self._text_only = not hasattr(processor, "image_processor")
 
-    def prompt(self, messages: Messages) -> str:
-        """Returns the text of an inquiry, with the generation prompt."""
-        return self._render(messages, prompt=True)[0]
+    def prompt(self, messages: Messages, row: str) -> str:
+        """Returns the text of an inquiry, with the generation prompt.
+
+        Raises:
+            DataError: the template refuses these turns.
+        """
+        return self._render(messages, row, prompt=True)[0]
 
     def parts(self, messages: Messages, row: str) -> list[Part]:
         """Returns the text of a conversation, cut where the assistant begins and ends.
@@ -68,9 +75,9 @@ class ChatTemplate:
             row: name of the row, for the error.
 
         Raises:
-            DataError: the template rewrites an answer in a way that hides where it is.
+            DataError: the template refuses these turns, or rewrites an answer in a way that hides where it is.
         """
-        text, spans = self._render(messages, marked=True)
+        text, spans = self._render(messages, row, marked=True)
         if not self.marked:
             spans = self._spans(messages, text, row)
         spans = [span for span in spans if span[0] < span[1]]
@@ -95,7 +102,8 @@ class ChatTemplate:
             [
                 _with_text(message, next(replacements)) if message["role"] == "assistant" else message
                 for message in messages
-            ]
+            ],
+            row,
         )
         around: list[str] = []  # what stands before the first answer, between two answers, after the last
         for name in names:
@@ -104,7 +112,6 @@ class ChatTemplate:
                 raise self._hidden(row)
             around.append(before)
         around.append(skeleton)
-        ending = self._ending(around[-1])
         spans, position = [], 0
         for before, after, message in zip(around, around[1:], answers):
             if not text.startswith(before, position):
@@ -113,43 +120,77 @@ class ChatTemplate:
             until = _end_of_answer(text, position, after, _text(message), last=after is around[-1])
             if until < position:
                 raise self._hidden(row)
-            prompt = before.rfind(self._prompt_text) if self._prompt_text else -1
-            unsaid = len(before) - prompt - len(self._prompt_text) if prompt >= 0 else 0
-            said = len(ending) if after.startswith(ending) else 0
-            spans.append((position - unsaid, until + said))
+            spans.append((position - self._unsaid(before), until + self._ending(after)))
             position = until
         return spans
 
-    def _ending(self, after: str) -> str:
-        """What ends the assistant's turn: the control tokens at the beginning of what follows the last answer, up to the
-        tokenizer's end token when it is among them."""
-        run = re.match(rf"(?:\s*(?:{self.control.pattern}))*", after)
-        ending = run[0] if run else ""
-        stop = ending.find(self.end) if self.end else -1
-        return ending[: stop + len(self.end)] if stop >= 0 else ending
+    def _unsaid(self, before: str) -> int:
+        """How much of what stands before an answer the model has to say itself: all behind the generation prompt."""
+        asked, lead = self._prompt_text, self._around[0]
+        if not asked:
+            return len(lead) if before.endswith(lead) else 0
+        prompt = before.rfind(asked)
+        return len(before) - prompt - len(asked) if prompt >= 0 else 0
+
+    def _ending(self, after: str) -> int:
+        """How much of what follows an answer ends the assistant's turn: the control tokens that follow the last answer of
+        a row too, up to the tokenizer's end token when it is among them."""
+        length = 0
+        for ends, follows in zip(self._around[1], self._leading(after)):
+            if ends != follows:
+                break
+            length += len(ends)
+            if self.end and ends.endswith(self.end):
+                break
+        return length
+
+    def _leading(self, text: str) -> list[str]:
+        """The control tokens at the beginning of a text, each with the space before it."""
+        found, token = [], re.compile(rf"\s*(?:{self.control.pattern})")
+        while match := token.match(text, sum(map(len, found))):
+            found.append(match[0])
+        return found
 
     @cached_property
     def _prompt_text(self) -> str:
         """What the template writes to ask for an answer."""
-        question = [{"role": "user", "content": [{"type": "text", "text": "question"}]}]
-        without, within = self._render(question)[0], self._render(question, prompt=True)[0]
+        without, within = (self._render(_QUESTION, "question", prompt=prompt)[0] for prompt in (False, True))
         common = 0
         while common < min(len(without), len(within)) and without[common] == within[common]:
             common += 1
         return within[common:]
 
+    @cached_property
+    def _around(self) -> tuple[str, list[str]]:
+        """What the template writes between a question and its answer, and the control tokens after the answer."""
+        answered = [*_QUESTION, {"role": "assistant", "content": [{"type": "text", "text": _PLACEHOLDER}]}]
+        asked, text = (self._render(messages, "question")[0] for messages in (_QUESTION, answered))
+        before, _, after = text.partition(_PLACEHOLDER)
+        return before.removeprefix(asked) if before.startswith(asked) else "", self._leading(after)
+
     def _render(
-        self, messages: Messages, *, prompt: bool = False, marked: bool = False
+        self, messages: Messages, row: str, *, prompt: bool = False, marked: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
         if self._text_only:
             messages = [{**message, "content": _text(message)} for message in messages]
-        rendered, spans = render_jinja_template(
-            conversations=[list(messages)],  # type: ignore[list-item]
-            chat_template=self.template,
-            return_assistant_tokens_mask=marked and self.marked,
-            add_generation_prompt=prompt,
-            **self._special,  # type: ignore[arg-type]
-        )
+        try:
+            rendered, spans = render_jinja_template(
+                conversations=[list(messages)],  # type: ignore[list-item]
+                chat_template=self.template,
+                return_assistant_tokens_mask=marked and self.marked,
+                add_generation_prompt=prompt,
+                **self._special,  # type: ignore[arg-type]
+            )
+        except (
+            TemplateError,
+            TypeError,
+        ) as error:  # `raise_exception` of the template, or contents that it cannot read
+            roles = ", ".join(message["role"] for message in messages)
+            raise DataError(
+                f"row {row}: the model's chat template refuses it ({error}).",
+                expected=f"turns that the template knows, in an order that it knows; the row has {roles}",
+                fix="change the turns of the row, or the template (chat_template.jinja), or set model.prompt_profile.",
+            ) from error
         found: Any = spans[0] if spans else []
         return rendered[0], [(start, end) for start, end in found]
 

@@ -154,7 +154,7 @@ class Ranker(Engine):
             else {**message, "content": [{"type": "text", "text": message["content"]}]}
             for message in [*inquiry_of(row)["messages"], assistant_message(text)]
         ]
-        prompt = chat.prompt(messages[:-1])
+        prompt = chat.prompt(messages[:-1], row["id"])
         whole = "".join(part.text for part in chat.parts(messages, row["id"]))
         end = whole.find(text, len(prompt)) + len(text)
         before, after = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt, whole[:end]))

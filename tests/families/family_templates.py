@@ -159,6 +159,57 @@ def cohere(image: str) -> str:
     ).replace("IMAGE", image)
 
 
+def phi(image: str) -> str:
+    """Phi 3 and 4: turns end with a token that is not the tokenizer's end token, which follows the whole row."""
+    return (
+        _BLOCKS
+        + """
+{%- for message in messages -%}
+{{- '<|' + message['role'] + '|>\\n' -}}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}
+{{- blocks(message) + '<|end|>' + ('\\n' + eos_token if loop.last and not add_generation_prompt else '') -}}
+{%- endgeneration -%}
+{{- '' if loop.last else '\\n' -}}
+{%- else -%}{{- blocks(message) + '<|end|>\\n' -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- endif -%}
+"""
+    ).replace("IMAGE", image)
+
+
+def llama2(image: str) -> str:
+    """Llama 2 and Mistral 7B: every question begins anew, a space stands on both sides of an answer."""
+    return (
+        _BLOCKS
+        + """
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}{{- ' ' + blocks(message) | trim + ' ' + eos_token -}}{%- endgeneration -%}
+{%- elif message['role'] == 'user' -%}{{- bos_token + '[INST] ' + blocks(message) + ' [/INST]' -}}
+{%- else -%}{{- '<<SYS>>\\n' + blocks(message) + '\\n<</SYS>>\\n\\n' -}}{%- endif -%}
+{%- endfor -%}
+"""
+    ).replace("IMAGE", image)
+
+
+def deepseek(image: str) -> str:
+    """DeepSeek: full-width bars in the tokens, no line breaks at all."""
+    return (
+        _BLOCKS
+        + """
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{{- '<｜Assistant｜>' -}}{%- generation -%}{{- blocks(message) + eos_token -}}{%- endgeneration -%}
+{%- elif message['role'] == 'user' -%}{{- '<｜User｜>' + blocks(message) -}}
+{%- else -%}{{- blocks(message) + '\\n\\n' -}}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<｜Assistant｜>' -}}{%- endif -%}
+"""
+    ).replace("IMAGE", image)
+
+
 TEMPLATES: dict[str, Callable[[str], str]] = {
     "chatml": chatml,
     "chatml_system": chatml_system,
@@ -169,6 +220,9 @@ TEMPLATES: dict[str, Callable[[str], str]] = {
     "idefics": idefics,
     "vicuna": vicuna,
     "cohere": cohere,
+    "phi": phi,
+    "llama2": llama2,
+    "deepseek": deepseek,
 }
 
 # begin, end and padding tokens, and the further control tokens of each format
@@ -188,6 +242,9 @@ TOKENS: dict[str, tuple[str | None, str, str, list[str]]] = {
         "<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>", "<PAD>",
         ["<|START_OF_TURN_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|USER_TOKEN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>"],
     ),
+    "phi": ("<s>", "<|endoftext|>", "<pad>", ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]),
+    "llama2": ("<s>", "</s>", "<pad>", []),
+    "deepseek": ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<pad>", ["<｜User｜>", "<｜Assistant｜>"]),
 }  # fmt: skip
 
 

@@ -80,7 +80,13 @@ def test_labels_are_the_answers_and_what_ends_them(processors, style):
         text = processors[1].tokenizer.decode(learnt[learnt != IGNORED])
         end = TOKENS[style][1]
         assert text.endswith(end)
-        words = text.replace(end, " ").replace("<|END_RESPONSE|>", " ").replace("<think>\n\n</think>", " ").split()
+        words = (
+            text.replace(end, " ")
+            .replace("<|END_RESPONSE|>", " ")
+            .replace("<|end|>", " ")
+            .replace("<think>\n\n</think>", " ")
+            .split()
+        )
         assert words == " ".join(answers).split()
 
 
@@ -108,3 +114,21 @@ def test_a_template_that_rewrites_answers_is_refused():
     with pytest.raises(DataError, match="row row: the chat template rewrites an answer") as caught:
         Collator(make_processor("chatml", template))([ROWS["one turn"]])
     assert "generation" in str(caught.value)
+
+
+@pytest.mark.parametrize("for_generation", [False, True])
+def test_a_row_that_the_template_refuses_is_named(for_generation):
+    """Gemma and Mistral refuse system turns, or turns that do not alternate, by an exception of their template."""
+    refusal = "{%- if messages[0]['role'] == 'system' -%}{{- raise_exception('no system turns') -}}{%- endif -%}"
+    processor = make_processor("gemma", refusal + unmarked(TEMPLATES["gemma"](IMAGE)))
+    with pytest.raises(DataError, match=r"row row: .* \(no system turns\)") as caught:
+        Collator(processor, for_generation=for_generation)([ROWS["system"]])
+    assert "system, user" in str(caught.value)
+
+
+def test_a_turn_of_the_user_behind_the_last_answer_is_not_learnt():
+    processor = make_processor("chatml", unmarked(TEMPLATES["chatml"](IMAGE)))
+    processor.tokenizer.eos_token = "<|endoftext|>"  # as in base models: then nothing but the template ends a turn
+    inputs = Collator(processor)([ROWS["unanswered"]])
+    learnt = inputs["labels"][0]
+    assert processor.tokenizer.decode(learnt[learnt != IGNORED]) == "A<|im_end|>"
