@@ -107,6 +107,9 @@ class BudgetSection(Section):
     value: int = Field(ge=1, description="how much of it")
 
 
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")  # what an access token of the Hub looks like
+
+
 class MethodSpec(Section):
     """One entry of `methods`: the method's name and its options."""
 
@@ -230,10 +233,22 @@ def load_recipe(source: str | Path | dict[str, Any], overrides: Sequence[str] = 
         _anchor_paths(content, Path(source).parent)
     for override in overrides:
         _apply_override(content, override)
+    _check_secrets(place, content)
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
         raise RecipeError(_explain(place, error)) from error
+
+
+def _check_secrets(place: str, content: Any, key: str = "") -> None:
+    """Refuses a recipe with a token in it: recipes are written to run folders, reports and cards."""
+    children = content.items() if isinstance(content, dict) else enumerate(content if isinstance(content, list) else ())
+    for name, child in children:
+        _check_secrets(place, child, f"{key}.{name}".removeprefix("."))
+    own = os.environ.get("HF_TOKEN") or ""
+    if isinstance(content, str) and (TOKEN.search(content) or (len(own) > 7 and own in content)):
+        given = f"{place}: {key}: holds what looks like an access token of the Hub."
+        raise RecipeError(given, expected="a token in HF_TOKEN or behind `hf auth login` only", fix="remove it.")
 
 
 def _plain(source: dict[str, Any]) -> dict[str, Any]:

@@ -248,3 +248,22 @@ def test_the_schema_completes_and_explains():
             described = "description" in field or "$ref" in field or section.get("title") == "MethodSpec"
             assert described, name
     json.dumps(schema)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("training.hub_token=hf_{}", "training.hub_token"),
+        ("model.name_or_path=https://user:hf_{}@huggingface.co/owner/model", "model.name_or_path"),
+        ("methods=[{{replay: {{note: hf_{}}}}}]", "methods.0.replay.note"),
+    ],
+)
+def test_a_token_in_a_recipe_is_refused_and_not_shown(override, key, monkeypatch):
+    """A recipe is written to the folder of the run, into reports and cards."""
+    secret = "abcdefghij" * 3
+    with pytest.raises(RecipeError, match=f"{key}: holds what looks like an access token") as caught:
+        load_recipe(SMALLEST, [override.format(secret)])
+    assert secret not in str(caught.value)
+    monkeypatch.setenv("HF_TOKEN", "a-token-of-another-kind")
+    with pytest.raises(RecipeError, match="name: holds what looks like"):
+        load_recipe(SMALLEST, ["name=a-token-of-another-kind"])

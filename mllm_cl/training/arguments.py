@@ -73,6 +73,11 @@ OWNED: dict[str, str] = {
     "load_best_model_at_end": "nothing: a stage ends with its last step",
     "resume_from_checkpoint": "nothing: the same command continues a run",
     "push_to_hub": "`mllm-cl push`",
+    "hub_token": "nothing: `hf auth login`, or HF_TOKEN in the environment",
+    **dict.fromkeys(
+        ("hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
+        "the section `hub` of the recipe, or `mllm-cl push`",
+    ),
     "disable_tqdm": "nothing: the command line shows progress",
     "use_cache": "nothing",
     "fsdp_config": "nothing: what is sharded is decided by the run (`fsdp: true`)",
