@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, get_session
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, get_session, validate_repo_id
 from huggingface_hub.utils import logging as hub_logging
 
 from mllm_cl.errors import HubError
@@ -29,6 +29,9 @@ Result = TypeVar("Result")
 
 ATTEMPTS, FIRST_WAIT, LONGEST_WAIT = 5, 2.0, 30.0
 """Tries of a whole step, and seconds between them; the client itself tries most requests several times in each."""
+
+LONGEST_ASKED = 300.0
+"""Seconds that are waited when the Hub says how long; its limits are counted over five minutes."""
 
 SILENCE = 300.0
 """Seconds without a byte after which a connection counts as lost; the client by itself waits for ever."""
@@ -85,16 +88,43 @@ def patiently(what: str, action: Callable[[], Result]) -> Result:
                         expected=f"success within {ATTEMPTS} tries" if _passes(cause) else None,
                         fix=_advice(cause),
                     ) from None
-                log.warning("%s: %s; trying again in %.0f s.", what, describe(cause), wait)
-            time.sleep(wait)
+                asked = max(wait, _asked_to_wait(cause))
+                log.warning("%s: %s; trying again in %.0f s.", what, describe(cause), asked)
+            time.sleep(asked)
             wait = min(2 * wait, LONGEST_WAIT)
     raise AssertionError("unreachable")
 
 
+def check_repo_id(repo_id: str) -> None:
+    """Refuses what cannot be the name of a repository, before anybody is asked.
+
+    Raises:
+        HubError: it is not `owner/name`.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        valid = False
+    else:
+        valid = "/" in repo_id
+    if not valid:
+        raise HubError(
+            f"{repo_id!r}: is not the name of a repository.",
+            expected="owner/name, of letters, digits, `-`, `_` and `.`",
+            fix="correct the name.",
+        )
+
+
+def _asked_to_wait(error: BaseException) -> float:
+    """The seconds that the Hub asks for (`Retry-After`), as far as a person would wait for them; 0 if it does not."""
+    asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
+    return min(float(asked), LONGEST_ASKED) if asked.isdecimal() else 0.0
+
+
 def describe(error: BaseException) -> str:
-    """Returns the first line of an error, without tokens and signatures."""
-    text = str(error).strip().splitlines()
-    line = _QUERY.sub(r"\1", text[0] if text else "")
+    """Returns the first line of an error, and of what a server said the next too, without tokens and signatures."""
+    text = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    line = _QUERY.sub(r"\1", " ".join(text[: 2 if text and text[0].endswith(":") else 1]))
     token = get_token()
     return f"{type(error).__name__}: {line.replace(token, '***') if token else line}".removesuffix(": ")
 
@@ -106,7 +136,9 @@ def _cause(error: BaseException | None) -> BaseException | None:
         if isinstance(seen, (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled)) or _is_transport(seen):
             return seen
         seen = seen.__cause__ or seen.__context__
-    if isinstance(error, (LocalEntryNotFoundError, OSError, ValueError, RuntimeError)) and _from_client(error):
+    if isinstance(error, (LocalEntryNotFoundError, OSError, ValueError, RuntimeError, LookupError)) and _from_client(
+        error
+    ):
         return error
     return None
 

@@ -25,8 +25,9 @@ from huggingface_hub import get_token
 from mllm_cl.errors import HubError, RunError
 from mllm_cl.files import is_gated, new_folder
 from mllm_cl.hub.card import Router, published_recipe, write_card
+from mllm_cl.hub.client import check_repo_id
 from mllm_cl.hub.results import eval_results, until_stage
-from mllm_cl.recipe import HubSection
+from mllm_cl.recipe import TOKEN, HubSection
 from mllm_cl.reporting.figures import write_figures
 from mllm_cl.reporting.run import RunSummary, read_run
 
@@ -34,7 +35,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OURS = ("run/", "figures/", "adapters/", ".eval_results/", CONFIG, WEIGHTS)
 """Beginnings of paths that a push replaces as a whole; anything else in the repository is left alone."""
 
-_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{20,}")
+_TOKEN = re.compile(TOKEN.pattern.encode())
 _BINARY = (".safetensors", ".png")
 
 
@@ -128,8 +129,9 @@ def gather(
 
     Raises:
         RunError: there is no such run, stage or adapter.
-        HubError: a file would give a token away.
+        HubError: `repo_id` cannot be one, or a file would give a token away.
     """
+    check_repo_id(repo_id)
     run = read_run(folder)
     stages = trained_stages(run)
     number = stage if stage is not None else max(stages, default=None)

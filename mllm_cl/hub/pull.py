@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from mllm_cl.hub.layout import CONFIG, WEIGHTS, rebase, stage_branch
 from mllm_cl.hub.push import MAIN
 from mllm_cl.recipe import Recipe, load_recipe
 
+_FOLDER_NAME = re.compile(r"(?!\.)[^/\\\0]{1,200}")
 _WANTED = [CONFIG, WEIGHTS, "adapters/*", "run/*"]
 
 
@@ -64,10 +67,7 @@ def pull(repo_id: str, out: str | Path, *, revision: str = MAIN, api: HfApi | No
         raise RunError(f"{out}: is not empty.", expected="a new folder", fix="choose another --out.")
     snapshot = _download(api, repo_id, revision)
     recipe, ledger = read_published(snapshot, repo_id)
-    trained = {entry["stage"]: entry for entry in ledger if entry.get("event") == "stage_trained"}
-    tasks = next((entry["tasks"] for entry in ledger if entry.get("event") == "started"), None)
-    if not trained or tasks is None:
-        raise HubError(f"{repo_id}: its ledger names no stage.", expected="a run that was pushed by mllm-cl")
+    tasks, trained = read_stages(ledger, repo_id)
     last, base = max(trained), recipe.model.name_or_path
     with new_folder(out) as place:
         shutil.copytree(snapshot / "run", place, dirs_exist_ok=True)
@@ -76,7 +76,7 @@ def pull(repo_id: str, out: str | Path, *, revision: str = MAIN, api: HfApi | No
             name = stage_name(stage, tasks)
             source = snapshot if stage == last else _stage_snapshot(api, repo_id, stage, revision)
             target = place / "stages" / name / "adapter"
-            if source is None or not _copy_adapter(source, target, base, trained[stage]["adapter_sha256"]):
+            if source is None or not _copy_adapter(source, target, base, trained[stage]):
                 if stage == last:
                     raise HubError(
                         f"{repo_id}: the adapter is not the one that its ledger names.",
@@ -131,15 +131,44 @@ def read_published(snapshot: Path, repo_id: str) -> tuple[Recipe, list[dict[str,
         HubError: it holds no run.
     """
     try:
-        recipe = load_recipe(yaml.safe_load((snapshot / "run/recipe.yaml").read_text(encoding="utf-8")))
+        content = yaml.safe_load((snapshot / "run/recipe.yaml").read_text(encoding="utf-8"))
         lines = (snapshot / "run/ledger.jsonl").read_text(encoding="utf-8").split("\n")
-        return recipe, [json.loads(line) for line in lines if line]
+        ledger = [json.loads(line) for line in lines if line]
+        if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in ledger):
+            raise ValueError("mappings were expected")
+        return load_recipe(content), ledger
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise HubError(
             f"{repo_id}: holds no readable run ({error}).",
             expected="run/recipe.yaml and run/ledger.jsonl, as `mllm-cl push` writes them",
             fix="check the name; a plain adapter is loaded with PEFT instead.",
         ) from error
+
+
+def read_stages(ledger: Sequence[Mapping[str, Any]], repo_id: str) -> tuple[list[str], dict[int, str]]:
+    """Returns the tasks that a ledger names, and the hash of the adapter of every trained stage.
+
+    Whoever wrote it may be a stranger, and its names become folders.
+
+    Raises:
+        HubError: it is not what `mllm-cl push` writes.
+    """
+    started = next((entry for entry in ledger if entry.get("event") == "started"), {})
+    trained = [entry for entry in ledger if entry.get("event") == "stage_trained"]
+    tasks, hashes = started.get("tasks"), {entry.get("stage"): entry.get("adapter_sha256") for entry in trained}
+    if (
+        not isinstance(tasks, list)
+        or not all(isinstance(task, str) and _FOLDER_NAME.fullmatch(task) for task in tasks)
+        or not hashes
+        or not all(type(stage) is int and 1 <= stage <= len(tasks) for stage in hashes)
+        or not all(isinstance(sha256, str) for sha256 in hashes.values())
+    ):
+        raise HubError(
+            f"{repo_id}: its ledger is not one that mllm-cl has written.",
+            expected="names of tasks that can be folders, and trained stages with the hashes of their adapters",
+            fix="check the name, or pull an earlier commit with --revision.",
+        )
+    return tasks, hashes  # type: ignore[return-value]
 
 
 def _download(api: HfApi, repo_id: str, revision: str) -> Path:
@@ -169,13 +198,23 @@ def _copy_adapter(source: Path, target: Path, base_model: str, sha256: str) -> b
             continue
         copy = target / path.relative_to(source / "adapters" if per_task else source)
         copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(path.read_bytes())
-        if path.name == CONFIG and json.loads(path.read_bytes()).get("base_model_name_or_path") != base_model:
-            copy.write_bytes(rebase(path.read_bytes(), base_model))
+        content = path.read_bytes()
+        copy.write_bytes(_of_base(content, base_model) if path.name == CONFIG else content)
     if target.is_dir() and folder_sha256(target) == sha256:
         return True
     shutil.rmtree(target, ignore_errors=True)
     return False
+
+
+def _of_base(config: bytes, base_model: str) -> bytes:
+    """The configuration as the run wrote it: it may have been published under another name of the base model."""
+    try:
+        content = json.loads(config)
+    except ValueError:
+        return config  # damaged, as its hash will tell
+    if not isinstance(content, dict) or content.get("base_model_name_or_path") == base_model:
+        return config
+    return rebase(config, base_model)
 
 
 def _note_origin(ledger: Path, stage: int, place: str) -> None:

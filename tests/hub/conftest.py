@@ -114,7 +114,9 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(1.0)
             return self.hang_up()
         if fault and isinstance(fault.kind, int):
-            return self.answer(fault.kind, {"error": "for the moment"})
+            return self.answer(
+                fault.kind, {"error": "for the moment"}, {"Retry-After": "77"} if fault.kind == 429 else None
+            )
         if self.command in ("POST", "PUT") and not path.startswith("/large/") and not self.allowed():
             return self.answer(401, {"error": "no token"})
         status, content, headers = self.route(path, body)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,36 @@ def test_a_push_that_fails_leaves_the_stage_before(
         assert [line for line in hub.log if line.startswith("PUT /large/")] == before
 
 
+def test_the_hub_says_how_long_to_wait(hub: Any, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: (waited.append(seconds), sleep(seconds)))
+    fault(hub, "POST", COMMIT, 429)
+    push(parcel(finished))
+    assert 77.0 in waited
+    assert on_hub(hub) == expected(parcel(finished))
+
+
+def test_what_a_server_objects_to_is_said(hub: Any, finished: Path) -> None:
+    fault(hub, "POST", COMMIT, 400)
+    with pytest.raises(HubError, match="Bad request for commit endpoint: for the moment"):
+        push(parcel(finished))
+    hub.faults.clear()
+    hub.repositories.clear()
+    fault(hub, "POST", "create", 409)  # an answer without the address that the client looks for
+    with pytest.raises(HubError, match="creating the repository: failed"):
+        push(parcel(finished))
+
+
+@pytest.mark.parametrize(
+    "name", ["colours", "a/b/c", "../colours", "owner/na me", "https://huggingface.co/owner/a", ""]
+)
+def test_what_is_no_name_is_refused_before_anybody_is_asked(hub: Any, finished: Path, name: str) -> None:
+    with pytest.raises(HubError, match="is not the name of a repository"):
+        gather(finished, name)
+    assert not hub.log
+
+
 def test_what_cannot_succeed_fails_at_once(hub: Any, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_" + "another" * 5)
     with pytest.raises(HubError, match=r"creating the repository: failed .*401") as refused:
@@ -201,6 +232,57 @@ def test_what_is_no_published_run_is_refused(hub: Any, finished: Path, tmp_path:
     hub.tree(REPO).pop("run/ledger.jsonl")
     with pytest.raises(HubError, match="holds no readable run"):
         pull(REPO, tmp_path / "pulled")
+
+
+@pytest.mark.parametrize(
+    ("event", "key", "value"),
+    [
+        ("started", "tasks", ["colour", "x/../../../../escaped"]),
+        ("started", "tasks", ["colour", "/../../escaped"]),
+        ("started", "tasks", ["colour", "x\0y"]),
+        ("started", "tasks", ["colour", 5]),
+        ("started", "tasks", ["colour"]),
+        ("started", "tasks", None),
+        ("stage_trained", "stage", 99),
+        ("stage_trained", "stage", 0),
+        ("stage_trained", "stage", "2"),
+        ("stage_trained", "adapter_sha256", None),
+    ],
+)
+def test_a_ledger_of_strangers_is_not_trusted(
+    hub: Any, finished: Path, tmp_path: Path, event: str, key: str, value: Any
+) -> None:
+    """Its names become folders: none of them may lead out of the one that was asked for."""
+    push(parcel(finished))
+    lines = [json.loads(line) for line in hub.tree(REPO)["run/ledger.jsonl"].splitlines()]
+    for line in lines:
+        if line["event"] == event:
+            line[key] = value
+    hub.tree(REPO)["run/ledger.jsonl"] = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    with pytest.raises(HubError, match="its ledger is not one that mllm-cl has written"):
+        pull(REPO, tmp_path / "deep/in/pulled")
+    assert not (tmp_path / "deep").exists()
+    assert not list(tmp_path.glob("**/escaped"))
+
+
+@pytest.mark.parametrize(
+    ("path", "content", "said"),
+    [
+        ("run/recipe.yaml", b"", "holds no readable run"),
+        ("run/recipe.yaml", b"- 1", "holds no readable run"),
+        ("run/ledger.jsonl", b"[1]\n2\n", "holds no readable run"),
+        ("adapter_config.json", b"\xff{", "not the one that its ledger names"),
+        ("adapter_config.json", b"[1]", "not the one that its ledger names"),
+    ],
+)
+def test_damaged_files_are_refused(
+    hub: Any, finished: Path, tmp_path: Path, path: str, content: bytes, said: str
+) -> None:
+    push(parcel(finished))
+    hub.tree(REPO)[path] = content
+    with pytest.raises(HubError, match=said):
+        pull(REPO, tmp_path / "pulled")
+    assert not list(tmp_path.glob("pulled*"))
 
 
 # runs that push as they go ------------------------------------------------------------------------------------------
