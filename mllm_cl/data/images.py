@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from mllm_cl.errors import DataError
 from mllm_cl.model_section import ImageMode
@@ -63,7 +63,7 @@ def open_image(reference: Any) -> Image.Image:
             f"{describe_image(reference)}: the image file does not exist.",
             fix="correct the path in the row, or `image_folder` in the stream file.",
         ) from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (*_DECODING_ERRORS, AttributeError, Image.DecompressionBombError) as error:
         raise DataError(
             f"{describe_image(reference)}: not a readable image ({error}).",
             fix="replace the file or remove the row.",

@@ -105,6 +105,8 @@ def test_truncated_files_are_a_data_error(tmp_path: Path, format: str) -> None:
         ("/nowhere/a.png", "the image file does not exist"),
         ({"bytes": b"no image", "path": None}, "<8 embedded bytes>: not a readable image"),
         ({"bytes": b"", "path": None}, "not a readable image"),
+        ({"bytes": "text"}, "not a readable image"),
+        ({"path": 5}, "not a readable image"),
         ({"bytes": None, "path": None}, "not an image reference"),
         (42, "<int>: not an image reference"),
         (None, "not an image reference"),
