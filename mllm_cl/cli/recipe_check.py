@@ -51,6 +51,10 @@ def check_recipe(path: Path, overrides: Sequence[str]) -> tuple[list[list[str]],
     estimate = estimate_memory(ranked, methods, train, test, on_cpu=on_cpu, libraries=held)
     parts = [[name, readable(getattr(estimate, name)), meaning] for name, meaning in _MEANING.items()]
     parts.append(["peak", readable(estimate.total), f"{estimate.rows} rows of up to {estimate.length} tokens"])
+    if estimate.towers_left_out:
+        parts.append(
+            ["towers", "unknown", "image tower and bridge, which are trained, are not in it; measure one step"]
+        )
     if ranked is not recipe:
         parts.append(["rank", str(ranked.model.lora["r"]), "the largest within the budget (`model.lora.r: auto`)"])
     free, where = (free_bytes(), "of memory are free") if on_cpu else (device_bytes(), "on the device")

@@ -2,16 +2,18 @@
 
 Weights, adapters, gradients and optimizer states are counted from the architecture. Activations come from a training step
 of the decoder on tensors without values: every operation reports what it allocates and what is freed again, and the
-largest sum is the peak. Image towers whose weights are frozen keep nothing for the backward pass and are left out.
+largest sum is the peak. Image towers whose weights are frozen keep nothing for the backward pass and are left out; where
+bridge or tower are trained, they make the features of the same images in that step.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -40,6 +42,7 @@ MIB = 2**20
 # bytes per trainable parameter; optimizers that are not listed count like AdamW
 _OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 4, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2}
 _ADAMW_BYTES = 8
+_FAILURES = (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError)  # of a model without values
 _QUANTISED_BYTES = {"4bit": 0.5 + 1 / 64 + 4 / (64 * 256), "8bit": 1.0}  # codes, scales, scales of the scales
 
 
@@ -58,6 +61,7 @@ class MemoryEstimate:
         allocator: what the C library keeps of the memory that a step gives back; 0 where the device has no C library.
         libraries: what the process holds before it has a model; 0 where the device does not hold it.
         rows, length: rows of a batch and tokens of its longest row that this holds for.
+        towers_left_out: tower or bridge are trained, but what they need in a step cannot be told without values.
     """
 
     weights: int
@@ -71,6 +75,7 @@ class MemoryEstimate:
     libraries: int
     rows: int
     length: int
+    towers_left_out: bool = False
 
     @property
     def total(self) -> int:
@@ -104,8 +109,9 @@ def estimate_memory(
     section, training = recipe.model, DEFAULTS | recipe.training
     processor = processor_of_section(section)
     rows = int(training["per_device_train_batch_size"])
-    inputs = Collator(processor)(longest(processor, train, rows))
-    length = inputs["input_ids"].shape[1]
+    collate, held = Collator(processor), longest(processor, train, rows)
+    length = collate(held)["input_ids"].shape[1]
+    sees = section.train_bridge or section.train_vision
 
     model = empty_model(section)
     targets = lora_targets(model, bridge=section.train_bridge, vision=section.train_vision)
@@ -120,12 +126,18 @@ def estimate_memory(
     policy = adapter_policy(methods, section.adapters)
     copies = _adapters_at_once(policy, section.max_rank or 4 * settings.r, settings.r)
 
+    seen, left_out = [collate((held * 2)[:size]) if sees else {} for size in (1, 2)], False
     with _explained(section.name_or_path), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         _make_fake(adapted, mode)
         together = rows * (1.0 + _companions(methods))
-        steps = [
-            _training_peak(adapted, size, length, training) for size in (1, 2)
-        ]  # what a row adds, and what is there anyway
+        try:
+            steps = [_training_peak(adapted, size, length, training, batch) for size, batch in enumerate(seen, 1)]
+        except _FAILURES:  # the shapes inside some towers depend on values
+            if not sees:
+                raise
+            left_out = True
+            steps = [_training_peak(adapted, size, length, training) for size in (1, 2)]
+        # what a row adds, and what is there anyway
         activations = round(steps[0] + (steps[1] - steps[0]) * (together - 1))
         asked = min(len(test), GenerationSettings(batch_size=recipe.evaluation.batch_size).rows_per_batch)
         answered = (
@@ -146,6 +158,7 @@ def estimate_memory(
         libraries=libraries,
         rows=rows,
         length=length,
+        towers_left_out=left_out,
     )
 
 
@@ -154,7 +167,7 @@ def _explained(name: str) -> Iterator[None]:
     """Turns what a model raises when it is run without values into one clear message."""
     try:
         yield
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+    except _FAILURES as error:
         raise ModelError(
             f"{name}: its memory cannot be estimated, the model does not run without values "
             f"({type(error).__name__}: {str(error).strip().partition(chr(10))[0]}).",
@@ -214,8 +227,14 @@ def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
                 module._buffers[name] = FakeTensor(mode, buffer.detach(), torch.device("cpu"))
 
 
-def _training_peak(model: PeftModel, rows: int, length: int, training: dict[str, Any]) -> int:
-    """Peak bytes of forward and backward through decoder and head, gradients of the parameters left out."""
+def _training_peak(
+    model: PeftModel, rows: int, length: int, training: dict[str, Any], batch: Mapping[str, Any] | None = None
+) -> int:
+    """Peak bytes of forward and backward through decoder and head, gradients of the parameters left out.
+
+    Args:
+        batch: inputs whose images pass through tower and bridge in the same step.
+    """
     base: Any = model.get_base_model()
     decoder, head = base.get_decoder(), base.get_output_embeddings()
     base.train()
@@ -227,15 +246,26 @@ def _training_peak(model: PeftModel, rows: int, length: int, training: dict[str,
         inputs = torch.zeros(rows, length, embedding.shape[1], dtype=embedding.dtype)
         labels = torch.zeros(rows * length, dtype=torch.long)
         with torch.autocast("cpu", torch.bfloat16, enabled=bool(training.get("bf16"))):
+            features = _image_features(base, batch or {})
             out = decoder(inputs_embeds=inputs, use_cache=False)
             logits = (
                 out.logits if "logits" in out else head(out.last_hidden_state)
             ).float()  # some have their own head
             loss = nn.functional.cross_entropy(logits.view(rows * length, -1), labels, reduction="sum")
-        del out, logits
+            loss = sum((feature.float().sum() for feature in features), loss)
+        del out, logits, features
         gradients = torch.autograd.grad(loss, trainable, allow_unused=True)
     own = sum(_bytes(gradient) for gradient in gradients if gradient is not None)
     return max(0, peak.largest - own)
+
+
+def _image_features(base: Any, batch: Mapping[str, Any]) -> list[Tensor]:
+    """What tower and bridge make of the images of a batch, as far as it depends on what is trained."""
+    if "pixel_values" not in batch:
+        return []
+    known = inspect.signature(base.get_image_features).parameters
+    made = base.get_image_features(**{name: value for name, value in batch.items() if name in known})
+    return [leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor) and leaf.requires_grad]
 
 
 def _generation_peak(model: PeftModel, rows: int, length: int) -> int:

@@ -132,6 +132,20 @@ def test_models_of_experts_are_simulated(config):
     assert 2 < four / one < 5
 
 
+def test_towers_that_are_trained_are_in_the_step(estimate, monkeypatch):
+    plain, trained = estimate("finetune"), estimate("finetune", model={"train_vision": True, "train_bridge": True})
+    assert trained.activations > plain.activations
+    assert not trained.towers_left_out
+
+    def depends_on_values(_, batch):
+        if batch:
+            raise RuntimeError("nonzero")
+        return []
+
+    monkeypatch.setattr("mllm_cl.training.memory._image_features", depends_on_values)
+    assert estimate("finetune", model={"train_vision": True}).towers_left_out
+
+
 def test_a_model_that_cannot_be_simulated_is_named(estimate, monkeypatch):
     def fails(*_):
         raise RuntimeError("aten.nonzero.default\nmore")
