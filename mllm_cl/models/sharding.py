@@ -16,7 +16,7 @@ from typing import Any
 import torch.distributed as dist
 from peft import PeftModel
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -31,7 +31,8 @@ class Shards:
     def __init__(self, model: PeftModel) -> None:
         base: Any = model.get_base_model()
         decoder = base.get_decoder()
-        mesh = init_device_mesh(next(model.parameters()).device.type, (dist.get_world_size(),))
+        # a group of its own: gathers must not wait for gradients that DDP sends, in another order on each process
+        mesh = DeviceMesh.from_group(dist.new_group(), next(model.parameters()).device.type)
         layers = decoder_layers(model)
         trained = {parameter for name, parameter in model.named_parameters() if ".lora_" in name}
         for layer in layers:

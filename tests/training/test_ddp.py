@@ -75,7 +75,7 @@ FLOPS = ("budget.kind=flops", "budget.value=6e8")
 VARIANTS["within flops"] = ("inquiry_regularization", (*FLOPS, *ONE), (*FLOPS, *TWO))  # steps need not be as many
 FSDP = {"ACCELERATE_USE_FSDP": "true"}  # what `accelerate launch` sets for recipes/accelerate/fsdp2.yaml
 SHARDED_TEST = "test_weights_in_shards_learn_what_whole_weights_learn"
-SHARDED = ("finetune", "replay", "spectral_consolidation", "llava_c", "few inquiries")
+SHARDED = ("finetune", "replay", "spectral_consolidation", "llava_c", "few inquiries", "one image")
 NOT_ALONE = {"inquiry_regularization", "task_adapters"}  # covered by `llava_c`, `prototype`
 SHARDED_EVERY = [
     *SHARDED,
