@@ -253,8 +253,8 @@ class Learner:
         return any(overrides(method, "route") for method in self.methods)
 
     def router(self, ctx: Context, task: str | None) -> Callable[[Sequence[Row]], list[dict[str, float]] | None] | None:
-        """Returns the routing function for rows of `task` (`None`: a general benchmark)."""
-        if not self.routes():
+        """Returns the routing function for rows of `task` (`None`: a general benchmark); before the first task there is none."""
+        if not self.routes() or self.stage == 0:
             return None
 
         def route(rows: Sequence[Row]) -> list[dict[str, float]] | None:

@@ -219,9 +219,13 @@ def test_leftovers_are_removed(copy):
 # the matrix --------------------------------------------------------------------------------------------------------------
 
 
-def test_stage_zero_is_a_row_of_its_own(recipe_for):
+@pytest.mark.parametrize(
+    "method", ["finetune", "moelora", "clmoe", "smolora", "branchlora", "sd_lora", "l2p", "prototype"]
+)
+def test_stage_zero_is_a_row_of_its_own(method, recipe_for):
+    """Also for methods that route or gate, which know nothing before the first task."""
     overrides = [override for override in SMALL if "stage_zero" not in override]
-    matrix = matrix_of(run_stream(recipe_for("finetune", *overrides, "stream.limit.train=4")).root)
+    matrix = matrix_of(run_stream(recipe_for(method, *overrides, "stream.limit.train=4")).root)
     assert matrix["stages"] == ["0-base", "01-task-1", "02-task-2"]
     assert [[cell is None for cell in row] for row in matrix["values"]] == [
         [False, False],
