@@ -32,7 +32,8 @@ class Shards:
         base: Any = model.get_base_model()
         decoder = base.get_decoder()
         # a group of its own: gathers must not wait for gradients that DDP sends, in another order on each process
-        mesh = DeviceMesh.from_group(dist.new_group(), next(model.parameters()).device.type)
+        group: Any = dist.new_group()
+        mesh = DeviceMesh.from_group(group, next(model.parameters()).device.type)
         layers = decoder_layers(model)
         trained = {parameter for name, parameter in model.named_parameters() if ".lora_" in name}
         for layer in layers:
