@@ -3,18 +3,21 @@
     python benchmarks/methods_table.py --output runs/methods                          # everything; interrupted, it continues
     python benchmarks/methods_table.py --output runs/methods --epochs 1 --rows 160    # another budget, another table
     python benchmarks/methods_table.py --output runs/methods --streams quickstart --seeds 0 --orders given
-    python benchmarks/methods_table.py --output runs/methods --report-only            # only the page, from the runs that exist
+    python benchmarks/methods_table.py --output runs/methods --report-only            # only the page, from what was measured
+    python benchmarks/methods_table.py --output runs/again --measured again.jsonl     # forgets what others have measured
     python benchmarks/methods_table.py --output runs/methods --reduced                # one short run each, in minutes, no page
 
 Streams in two orders, over seeds, every method with its defaults. The budget (epochs, train rows of a task) is the same
 for all runs of a table and part of a run's folder; a run whose recipe is not the one asked for is not read.
-Each run is one process with one thread. A run that fails is named at the end; the others go on.
+Each run is one process with one thread. A run that fails is named at the end; the others go on. The numbers of each
+finished run become a line of docs/measured/methods_table.jsonl, so that the table grows over days and machines.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,6 +31,7 @@ from study import TASKS as STREAMS
 from mllm_cl.methods import METHODS as CATALOGUE
 
 PAGE = ROOT / "docs" / "methods_table.md"
+MEASURED = ROOT / "docs" / "measured" / "methods_table.jsonl"
 FIGURE = ROOT / "docs" / "figures" / "methods_pareto.png"
 READING = ("<!-- reading -->", "<!-- /reading -->")
 METHODS: dict[str, list[Any]] = {
@@ -41,11 +45,12 @@ COLUMNS = {
     "backward transfer": "backward_transfer",
     "forgetting": "forgetting",
 }
-COSTS = ("change of general ability", "training TFLOP", "seconds of training", "stored, last stage (kB)", "runs")
+COSTS = {"change of general ability": 1, "training TFLOP": 2, "seconds of training": 0, "stored, last stage (kB)": 0}
 TEST_ROWS = 160
 SHOWN = {"num_train_epochs": "epochs", "per_device_train_batch_size": "per batch", "learning_rate": "rate"}
 
 Run = dict[str, Any]
+Numbers = dict[str, float | None]  # of one run: by the names of the columns
 
 
 def jobs_of(
@@ -85,26 +90,27 @@ def jobs_of(
     ]
 
 
+def identity(job: Job) -> str:
+    """The recipe of a job, without where its run is kept: what tells whether a run is the one asked for."""
+    recipe = job.recipe(Path())
+    return json.dumps({key: recipe[key] for key in recipe if key not in ("output_dir", "name")}, sort_keys=True)
+
+
 def finished(job: Job, output: Path) -> Run | None:
-    """Returns a finished run, if its recipe is that of the job: options, rows and epochs may have changed since."""
+    """Returns a finished run.
+
+    Raises:
+        SystemExit: the folder holds a run of another recipe.
+    """
+    run = read(job, output)
     written = output / f"{job.folder}.yaml"
-    if not written.exists():
+    if run is None or not written.exists():
         return None
-    recipes = [json.loads(written.read_text(encoding="utf-8")), job.recipe(output)]
-    for recipe in recipes:
-        del recipe["output_dir"], recipe["name"]
-    return read(job, output) if recipes[0] == json.loads(json.dumps(recipes[1])) else None
-
-
-def of_stream(jobs: Iterable[Job], stream: str, output: Path) -> dict[str, tuple[int, list[Run]]]:
-    """Returns method -> number of runs asked for, and those that are finished."""
-    found: dict[str, tuple[int, list[Run]]] = {}
-    for job in jobs:
-        if job.stream == stream:
-            wanted, runs = found.get(job.label.split(",")[0], (0, []))
-            run = finished(job, output)
-            found[job.label.split(",")[0]] = (wanted + 1, [*runs, run] if run else runs)
-    return found
+    recipe = json.loads(written.read_text(encoding="utf-8"))
+    del recipe["output_dir"], recipe["name"]
+    if json.dumps(recipe, sort_keys=True) != identity(job):
+        raise SystemExit(f"{output / job.folder} was run with another recipe: move it away or give another --output.")
+    return run
 
 
 def general_change(run: Run) -> float | None:
@@ -113,44 +119,89 @@ def general_change(run: Run) -> float | None:
     return None if before is None or after is None else after - before
 
 
-def table_of(found: dict[str, tuple[int, list[Run]]]) -> list[str]:
+def numbers_of(run: Run) -> Numbers:
+    """The columns of a finished run; `None` is what it does not measure."""
+    work = [stage.get("flops") for stage in run["trained"]]
+    costs = (
+        general_change(run),
+        None if None in work else sum(work) / 1e12,
+        sum(stage["seconds"] for stage in run["trained"]),
+        run["trained"][-1]["stored_bytes"] / 1000,
+    )
+    return {name: run["derived"][key] for name, key in COLUMNS.items()} | dict(zip(COSTS, costs))
+
+
+class Measured:
+    """The numbers of runs, wherever they were run: one JSON line each, found by recipe.
+
+    Args:
+        path: need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._lock = path, threading.Lock()
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self._of: dict[str, Numbers] = {
+            json.dumps(entry["recipe"], sort_keys=True): entry["numbers"] for entry in map(json.loads, lines)
+        }
+
+    def get(self, job: Job) -> Numbers | None:
+        """The numbers of a job's run, if it was ever run."""
+        return self._of.get(identity(job))
+
+    def add(self, job: Job, numbers: Numbers) -> None:
+        """Keeps the numbers of a run."""
+        rounded = {name: None if value is None else round(value, 4) for name, value in numbers.items()}
+        with self._lock:
+            self._of[identity(job)] = rounded
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"recipe": json.loads(identity(job)), "numbers": rounded}) + "\n")
+
+
+def of_stream(jobs: Iterable[Job], stream: str, measured: Measured) -> dict[str, tuple[int, list[Numbers]]]:
+    """Returns method -> number of runs asked for, and the numbers of those that are finished."""
+    found: dict[str, tuple[int, list[Numbers]]] = {}
+    for job in jobs:
+        if job.stream == stream:
+            wanted, runs = found.get(job.label.split(",")[0], (0, []))
+            numbers = measured.get(job)
+            found[job.label.split(",")[0]] = (wanted + 1, [*runs, numbers] if numbers else runs)
+    return found
+
+
+def table_of(found: dict[str, tuple[int, list[Numbers]]]) -> list[str]:
     """Lines of one stream's table: mean ± standard deviation over the runs that exist, best final average first."""
     rows: list[tuple[float, list[str]]] = []
+    digits = dict.fromkeys(COLUMNS, 1) | COSTS
     for name, (wanted, runs) in found.items():
         if not runs:
             continue
-        finals = [run["derived"]["mean_final_accuracy"] for run in runs]
-        work = [[stage.get("flops") for stage in run["trained"]] for run in runs]
-        cells = [spread([run["derived"][key] for run in runs]) for key in COLUMNS.values()]
-        cells.append(spread([general_change(run) for run in runs]))
-        cells.append(spread([None if None in own else sum(own) / 1e12 for own in work], 2))
-        cells.append(spread([sum(stage["seconds"] for stage in run["trained"]) for run in runs], 0))
-        cells.append(spread([run["trained"][-1]["stored_bytes"] / 1000 for run in runs], 0))
-        known = [value for value in finals if value is not None]
+        cells = [spread([run[column] for run in runs], places) for column, places in digits.items()]
+        known = [value for value in (run["final average"] for run in runs) if value is not None]
         place = sum(known) / len(known) if known else -1.0
         rows.append((-place, [name, *cells, f"{len(runs)} of {wanted}"]))
     missing = [name for name, (_, runs) in found.items() if not runs]
-    lines = table(["method", *COLUMNS, *COSTS], [cells for _, cells in sorted(rows, key=lambda row: row[0])])
+    lines = table(["method", *digits, "runs"], [cells for _, cells in sorted(rows, key=lambda row: row[0])])
     if not rows:
         return ["*Not run yet.*"]
     return [*lines, "", f"Not run yet: {', '.join(missing)}."] if missing else lines
 
 
-def points_of(found: dict[str, tuple[int, list[Run]]]) -> list[Point]:
+def points_of(found: dict[str, tuple[int, list[Numbers]]]) -> list[Point]:
     """Returns what the plot shows: means over runs of the methods that have all three numbers."""
     points = []
     for name, (_, runs) in found.items():
-        numbers = [
-            (run["derived"]["mean_final_accuracy"], general_change(run), run["trained"][-1]["stored_bytes"])
-            for run in runs
-        ]
-        if numbers and all(None not in own for own in numbers):
-            final, general, stored = (sum(values) / len(numbers) for values in zip(*numbers))
-            points.append(Point(name, final, general, stored))
+        axes: list[float] = []
+        for column in ("final average", "change of general ability", "stored, last stage (kB)"):
+            values = [value for value in (run[column] for run in runs) if value is not None]
+            axes += [sum(values) / len(values)] if values and len(values) == len(runs) else []
+        if len(axes) == 3:
+            points.append(Point(name, axes[0], axes[1], 1000 * axes[2]))
     return points
 
 
-def page(jobs: Sequence[Job], output: Path, reading: str = "") -> str:
+def page(jobs: Sequence[Job], measured: Measured, reading: str = "") -> str:
     """The fragment that docs/methods.md shows.
 
     Args:
@@ -160,7 +211,7 @@ def page(jobs: Sequence[Job], output: Path, reading: str = "") -> str:
         "<!-- Written by benchmarks/methods_table.py; only what stands between the marks of the reading is kept. -->"
     ]
     if jobs:
-        section = jobs[0].recipe(output)
+        section = jobs[0].recipe(Path())
         limit, training = section["stream"]["limit"], section["training"]
         settings = ", ".join(f"`{key}: {value:g}`" for key, value in training.items())
         lines += [
@@ -172,7 +223,7 @@ def page(jobs: Sequence[Job], output: Path, reading: str = "") -> str:
         ]
     lines += ["", READING[0], *([reading] if reading else []), READING[1]]
     for stream in dict.fromkeys(job.stream for job in jobs):
-        lines += ["", f"### {stream}", "", *table_of(of_stream(jobs, stream, output))]
+        lines += ["", f"### {stream}", "", *table_of(of_stream(jobs, stream, measured))]
     return "\n".join(lines) + "\n"
 
 
@@ -182,20 +233,26 @@ def reading_of(text: str) -> str:
     return rest.partition(READING[1])[0].strip() if start or rest else ""
 
 
-def attempt(job: Job, output: Path) -> str | None:
-    """Runs a job; returns what went wrong."""
-    if finished(job, output) is not None:
+def attempt(job: Job, output: Path, measured: Measured) -> str | None:
+    """Runs a job whose numbers nobody knows; returns what went wrong."""
+    if measured.get(job):
         return None
     try:
-        run_all([job], output)
+        if (run := finished(job, output)) is None:
+            run_all([job], output)
+            run = finished(job, output)
     except SystemExit as failure:
         return str(failure)
+    if run is None:
+        return f"{job.folder} ended without being complete"
+    measured.add(job, numbers_of(run))
     return None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--measured", type=Path, help=f"numbers of earlier runs; {MEASURED.relative_to(ROOT)}")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--streams", nargs="+", choices=list(STREAMS), default=list(STREAMS))
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
@@ -216,15 +273,15 @@ def main() -> None:
     else:
         training = dict(zip(SHOWN, (given.epochs, given.batch_size, given.learning_rate)))
         jobs = jobs_of(given.methods, given.streams, given.orders, given.seeds, training, given.rows, given.test_rows)
+    usual = given.output / MEASURED.name if given.reduced else MEASURED
+    measured = Measured(given.measured or usual)
     failures: list[str] = []
     if not given.report_only:
         given.output.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(given.jobs) as pool:
-            failures = [text for text in pool.map(lambda job: attempt(job, given.output), jobs) if text]
-    text = page(jobs, given.output, reading_of(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else "")
-    panels = {
-        stream: points_of(of_stream(jobs, stream, given.output)) for stream in dict.fromkeys(j.stream for j in jobs)
-    }
+            failures = [text for text in pool.map(lambda job: attempt(job, given.output, measured), jobs) if text]
+    text = page(jobs, measured, reading_of(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else "")
+    panels = {stream: points_of(of_stream(jobs, stream, measured)) for stream in dict.fromkeys(j.stream for j in jobs)}
     print(text)
     if not given.reduced:
         if any(panels.values()):

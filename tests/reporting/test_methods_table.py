@@ -11,16 +11,23 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 import methods_table
 from methods_plot import Point, front, write_pareto
+from methods_table import Measured, finished, numbers_of
 from run_grid import general_at, read, spread
 
 
 @pytest.fixture
-def made(tmp_path, fake_run):
-    """Returns a function that fabricates a finished run of a job."""
+def measured(tmp_path):
+    return Measured(tmp_path / "measured" / "numbers.jsonl")
+
+
+@pytest.fixture
+def made(tmp_path, fake_run, measured):
+    """Returns a function that fabricates a finished run of a job, whose numbers are kept."""
 
     def make(job, **options):
         folder = fake_run(job.folder, seed=job.seed, methods=job.methods, **options)
         (tmp_path / f"{job.folder}.yaml").write_text(json.dumps(job.recipe(tmp_path)))
+        measured.add(job, numbers_of(finished(job, tmp_path)))
         return folder
 
     return make
@@ -30,7 +37,7 @@ def cells(lines, method):
     return next([cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith(f"| {method} |"))
 
 
-def test_means_over_the_runs_that_exist(tmp_path, made):
+def test_means_over_the_runs_that_exist(tmp_path, made, measured):
     jobs = methods_table.jobs_of(["finetune", "replay", "ewc"], ["quickstart"], ["given", "reversed"], [0, 1])
     assert [(job.label, job.order_name, job.seed) for job in jobs[:4]] == [
         ("finetune", "given", 0), ("replay", "given", 0), ("ewc", "given", 0), ("finetune", "reversed", 0),
@@ -40,7 +47,7 @@ def test_means_over_the_runs_that_exist(tmp_path, made):
         made(job, keep=0.3 if job.order_name == "given" else 0.6)
     made(jobs[1], keep=0.95)
     runs = [read(job, tmp_path) for job in chosen]
-    lines = methods_table.table_of(methods_table.of_stream(jobs, "quickstart", tmp_path))
+    lines = methods_table.table_of(methods_table.of_stream(jobs, "quickstart", measured))
     own = dict(zip([cell.strip() for cell in lines[0].split("|")[1:-1]], cells(lines, "finetune")))
     assert own["final average"] == spread([run["derived"]["mean_final_accuracy"] for run in runs])
     assert own["change of general ability"] == "-6.0 ± 0.0"
@@ -52,41 +59,60 @@ def test_means_over_the_runs_that_exist(tmp_path, made):
     assert general_at(runs[0], 0) == 70.0
 
 
-def test_other_budgets_and_other_options_are_not_read(tmp_path, made):
+def test_other_budgets_and_other_options_are_not_read(tmp_path, made, measured):
     settings = {"changed": {"num_train_epochs": 1}, "rows": 48, "test_rows": 24}
     small = methods_table.jobs_of(["finetune"], ["quickstart"], ["given"], [0], **settings)
     usual = methods_table.jobs_of(["finetune"], ["quickstart"], ["given"], [0])
     made(small[0])
-    assert methods_table.finished(small[0], tmp_path) is not None
-    assert methods_table.finished(usual[0], tmp_path) is None
+    assert finished(small[0], tmp_path) is not None
+    assert finished(usual[0], tmp_path) is None
+    assert measured.get(small[0])
+    assert measured.get(usual[0]) is None
     assert small[0].folder != usual[0].folder
     assert small[0].recipe(tmp_path)["stream"]["limit"] == {"test": 24, "validation": 80, "train": 48}
     changed = json.loads((tmp_path / f"{small[0].folder}.yaml").read_text())
     changed["training"]["learning_rate"] = 1.0
     (tmp_path / f"{small[0].folder}.yaml").write_text(json.dumps(changed))
-    assert methods_table.finished(small[0], tmp_path) is None
+    with pytest.raises(SystemExit, match="another recipe"):
+        finished(small[0], tmp_path)
 
 
-def test_the_page_keeps_what_a_person_wrote(tmp_path, made):
+def test_what_another_machine_has_measured_is_not_run_again(tmp_path, made, measured, monkeypatch):
+    jobs = methods_table.jobs_of(["finetune", "replay"], ["quickstart"], ["given"], [0])
+    made(jobs[0])
+    elsewhere = Measured(measured.path)
+    assert elsewhere.get(jobs[0]) == measured.get(jobs[0])
+    lines = methods_table.table_of(methods_table.of_stream(jobs, "quickstart", elsewhere))
+    assert lines == methods_table.table_of(methods_table.of_stream(jobs, "quickstart", measured))
+    asked: list[str] = []
+    monkeypatch.setattr(methods_table, "run_all", lambda wanted, output: asked.extend(job.label for job in wanted))
+    assert methods_table.attempt(jobs[0], tmp_path / "empty", elsewhere) is None
+    assert asked == []
+    assert "without being complete" in (methods_table.attempt(jobs[1], tmp_path / "empty", elsewhere) or "")
+    assert asked == ["replay"]
+
+
+def test_the_page_keeps_what_a_person_wrote(made, measured):
     jobs = methods_table.jobs_of(["finetune"], ["quickstart", "study-letters"], ["given"], [0], {"num_train_epochs": 2})
     made(jobs[0])
-    first = methods_table.page(jobs, tmp_path)
+    first = methods_table.page(jobs, measured)
     assert methods_table.reading_of(first) == ""
     assert "`num_train_epochs: 2`" in first
     assert "all train rows per task" in first
     assert first.rstrip().endswith("*Not run yet.*")  # the second stream
-    second = methods_table.page(jobs, tmp_path, "Replay wins; EWC does not.")
+    second = methods_table.page(jobs, measured, "Replay wins; EWC does not.")
     assert methods_table.reading_of(second) == "Replay wins; EWC does not."
-    assert methods_table.page(jobs, tmp_path, methods_table.reading_of(second)) == second
+    assert methods_table.page(jobs, measured, methods_table.reading_of(second)) == second
 
 
-def test_a_method_that_measures_less_has_a_dash_and_no_place_in_the_plot(tmp_path, made):
+def test_a_method_that_measures_less_has_a_dash_and_no_place_in_the_plot(tmp_path, made, measured):
     jobs = methods_table.jobs_of(["single"], ["quickstart"], ["given"], [0])
     folder = made(jobs[0])
     payload = json.loads((folder / "matrix.json").read_text())
     payload["derived"]["mean_final_accuracy"] = None
     (folder / "matrix.json").write_text(json.dumps(payload))
-    found = methods_table.of_stream(jobs, "quickstart", tmp_path)
+    measured.add(jobs[0], numbers_of(finished(jobs[0], tmp_path)))
+    found = methods_table.of_stream(jobs, "quickstart", measured)
     assert cells(methods_table.table_of(found), "single")[1] == "–"
     assert methods_table.points_of(found) == []
 
