@@ -4,34 +4,31 @@
     python benchmarks/methods_table.py --output runs/methods --epochs 1 --rows 160    # another budget, another table
     python benchmarks/methods_table.py --output runs/methods --streams quickstart --seeds 0 --orders given
     python benchmarks/methods_table.py --output runs/methods --report-only            # only the page, from what was measured
-    python benchmarks/methods_table.py --output runs/again --measured again.jsonl     # forgets what others have measured
+    python benchmarks/methods_table.py --output runs/again --measured again.jsonl     # does not read what others have measured
     python benchmarks/methods_table.py --output runs/methods --reduced                # one short run each, in minutes, no page
 
 Streams in two orders, over seeds, every method with its defaults. The budget (epochs, train rows of a task) is the same
 for all runs of a table and part of a run's folder; a run whose recipe is not the one asked for is not read.
 Each run is one process with one thread. A run that fails is named at the end; the others go on. The numbers of each
-finished run become a line of docs/measured/methods_table.jsonl, so that the table grows over days and machines.
+finished run become a line of docs/measured/runs.jsonl, so that the table grows over days and machines.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import threading
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from measured import MEASURED, Measured, Numbers, column
 from methods_plot import Point, write_pareto
-from run_grid import ROOT, TRAINING, Job, general_at, read, run_all, spread, table
+from run_grid import ROOT, TRAINING, Job, spread, table
 from study import SAC, UIR
 from study import TASKS as STREAMS
 
 from mllm_cl.methods import METHODS as CATALOGUE
 
 PAGE = ROOT / "docs" / "methods_table.md"
-MEASURED = ROOT / "docs" / "measured" / "methods_table.jsonl"
 FIGURE = ROOT / "docs" / "figures" / "methods_pareto.png"
 READING = ("<!-- reading -->", "<!-- /reading -->")
 METHODS: dict[str, list[Any]] = {
@@ -39,18 +36,18 @@ METHODS: dict[str, list[Any]] = {
     **{name: [name] for name in CATALOGUE},
 }
 ORDERS = ("given", "reversed")
-COLUMNS = {
-    "final average": "mean_final_accuracy",
-    "learning accuracy": "mean_finetune_accuracy",
-    "backward transfer": "backward_transfer",
-    "forgetting": "forgetting",
+COLUMNS = {  # name in the measured runs, decimals
+    "final average": ("mean_final_accuracy", 1),
+    "learning accuracy": ("mean_finetune_accuracy", 1),
+    "backward transfer": ("backward_transfer", 1),
+    "forgetting": ("forgetting", 1),
+    "change of general ability": ("general_change", 1),
+    "training TFLOP": ("tflop", 2),
+    "seconds of training": ("seconds", 0),
+    "stored, last stage (kB)": ("stored_kb", 0),
 }
-COSTS = {"change of general ability": 1, "training TFLOP": 2, "seconds of training": 0, "stored, last stage (kB)": 0}
 TEST_ROWS = 160
 SHOWN = {"num_train_epochs": "epochs", "per_device_train_batch_size": "per batch", "learning_rate": "rate"}
-
-Run = dict[str, Any]
-Numbers = dict[str, float | None]  # of one run: by the names of the columns
 
 
 def jobs_of(
@@ -90,75 +87,6 @@ def jobs_of(
     ]
 
 
-def identity(job: Job) -> str:
-    """The recipe of a job, without where its run is kept: what tells whether a run is the one asked for."""
-    recipe = job.recipe(Path())
-    return json.dumps({key: recipe[key] for key in recipe if key not in ("output_dir", "name")}, sort_keys=True)
-
-
-def finished(job: Job, output: Path) -> Run | None:
-    """Returns a finished run.
-
-    Raises:
-        SystemExit: the folder holds a run of another recipe.
-    """
-    run = read(job, output)
-    written = output / f"{job.folder}.yaml"
-    if run is None or not written.exists():
-        return None
-    recipe = json.loads(written.read_text(encoding="utf-8"))
-    del recipe["output_dir"], recipe["name"]
-    if json.dumps(recipe, sort_keys=True) != identity(job):
-        raise SystemExit(f"{output / job.folder} was run with another recipe: move it away or give another --output.")
-    return run
-
-
-def general_change(run: Run) -> float | None:
-    """Points on the general benchmark that the last stage has more than the untouched model."""
-    before, after = general_at(run, 0), general_at(run, -1)
-    return None if before is None or after is None else after - before
-
-
-def numbers_of(run: Run) -> Numbers:
-    """The columns of a finished run; `None` is what it does not measure."""
-    work = [stage.get("flops") for stage in run["trained"]]
-    costs = (
-        general_change(run),
-        None if None in work else sum(work) / 1e12,
-        sum(stage["seconds"] for stage in run["trained"]),
-        run["trained"][-1]["stored_bytes"] / 1000,
-    )
-    return {name: run["derived"][key] for name, key in COLUMNS.items()} | dict(zip(COSTS, costs))
-
-
-class Measured:
-    """The numbers of runs, wherever they were run: one JSON line each, found by recipe.
-
-    Args:
-        path: need not exist.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self._lock = path, threading.Lock()
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        self._of: dict[str, Numbers] = {
-            json.dumps(entry["recipe"], sort_keys=True): entry["numbers"] for entry in map(json.loads, lines)
-        }
-
-    def get(self, job: Job) -> Numbers | None:
-        """The numbers of a job's run, if it was ever run."""
-        return self._of.get(identity(job))
-
-    def add(self, job: Job, numbers: Numbers) -> None:
-        """Keeps the numbers of a run."""
-        rounded = {name: None if value is None else round(value, 4) for name, value in numbers.items()}
-        with self._lock:
-            self._of[identity(job)] = rounded
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"recipe": json.loads(identity(job)), "numbers": rounded}) + "\n")
-
-
 def of_stream(jobs: Iterable[Job], stream: str, measured: Measured) -> dict[str, tuple[int, list[Numbers]]]:
     """Returns method -> number of runs asked for, and the numbers of those that are finished."""
     found: dict[str, tuple[int, list[Numbers]]] = {}
@@ -173,16 +101,15 @@ def of_stream(jobs: Iterable[Job], stream: str, measured: Measured) -> dict[str,
 def table_of(found: dict[str, tuple[int, list[Numbers]]]) -> list[str]:
     """Lines of one stream's table: mean ± standard deviation over the runs that exist, best final average first."""
     rows: list[tuple[float, list[str]]] = []
-    digits = dict.fromkeys(COLUMNS, 1) | COSTS
     for name, (wanted, runs) in found.items():
         if not runs:
             continue
-        cells = [spread([run[column] for run in runs], places) for column, places in digits.items()]
-        known = [value for value in (run["final average"] for run in runs) if value is not None]
+        cells = [spread(column(runs, own), decimals) for own, decimals in COLUMNS.values()]
+        known = [value for value in column(runs, "mean_final_accuracy") if value is not None]
         place = sum(known) / len(known) if known else -1.0
         rows.append((-place, [name, *cells, f"{len(runs)} of {wanted}"]))
     missing = [name for name, (_, runs) in found.items() if not runs]
-    lines = table(["method", *digits, "runs"], [cells for _, cells in sorted(rows, key=lambda row: row[0])])
+    lines = table(["method", *COLUMNS, "runs"], [cells for _, cells in sorted(rows, key=lambda row: row[0])])
     if not rows:
         return ["*Not run yet.*"]
     return [*lines, "", f"Not run yet: {', '.join(missing)}."] if missing else lines
@@ -193,8 +120,8 @@ def points_of(found: dict[str, tuple[int, list[Numbers]]]) -> list[Point]:
     points = []
     for name, (_, runs) in found.items():
         axes: list[float] = []
-        for column in ("final average", "change of general ability", "stored, last stage (kB)"):
-            values = [value for value in (run[column] for run in runs) if value is not None]
+        for axis in ("mean_final_accuracy", "general_change", "stored_kb"):
+            values = [value for value in column(runs, axis) if value is not None]
             axes += [sum(values) / len(values)] if values and len(values) == len(runs) else []
         if len(axes) == 3:
             points.append(Point(name, axes[0], axes[1], 1000 * axes[2]))
@@ -233,22 +160,6 @@ def reading_of(text: str) -> str:
     return rest.partition(READING[1])[0].strip() if start or rest else ""
 
 
-def attempt(job: Job, output: Path, measured: Measured) -> str | None:
-    """Runs a job whose numbers nobody knows; returns what went wrong."""
-    if measured.get(job):
-        return None
-    try:
-        if (run := finished(job, output)) is None:
-            run_all([job], output)
-            run = finished(job, output)
-    except SystemExit as failure:
-        return str(failure)
-    if run is None:
-        return f"{job.folder} ended without being complete"
-    measured.add(job, numbers_of(run))
-    return None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/methods"))
@@ -257,7 +168,7 @@ def main() -> None:
     parser.add_argument("--streams", nargs="+", choices=list(STREAMS), default=list(STREAMS))
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=float, default=TRAINING["num_train_epochs"])
+    parser.add_argument("--epochs", type=int, default=TRAINING["num_train_epochs"])
     parser.add_argument("--batch-size", type=int, default=TRAINING["per_device_train_batch_size"])
     parser.add_argument("--learning-rate", type=float, default=TRAINING["learning_rate"])
     parser.add_argument("--rows", type=int, help="train rows per task; all when not given")
@@ -277,9 +188,7 @@ def main() -> None:
     measured = Measured(given.measured or usual)
     failures: list[str] = []
     if not given.report_only:
-        given.output.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(given.jobs) as pool:
-            failures = [text for text in pool.map(lambda job: attempt(job, given.output, measured), jobs) if text]
+        failures = measured.run_missing(jobs, given.output, given.jobs)
     text = page(jobs, measured, reading_of(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else "")
     panels = {stream: points_of(of_stream(jobs, stream, measured)) for stream in dict.fromkeys(j.stream for j in jobs)}
     print(text)

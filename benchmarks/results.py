@@ -1,7 +1,7 @@
 """Runs every method on the quickstart stream over several seeds and writes docs/results.md.
 
     python benchmarks/results.py --output runs/results --jobs 2          # everything; interrupted, it continues
-    python benchmarks/results.py --output runs/results --report-only     # only the page, from the runs that exist
+    python benchmarks/results.py --output runs/results --report-only     # only the page, from what was measured
 
 Seeds change the initialisation, the order of the rows and every random choice of a method; rows and their order of tasks stay.
 Each run is one process with one thread.
@@ -13,7 +13,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from run_grid import ROOT, TRAINING, Job, general_at, read_all, run_all, spread, table
+from measured import MEASURED, Measured, column
+from run_grid import ROOT, TRAINING, Job, spread, table
+from study import TASKS
 
 METHODS: dict[str, list[Any]] = {
     "finetune": ["finetune"],
@@ -28,29 +30,32 @@ METHODS: dict[str, list[Any]] = {
     "ewc": ["ewc"],
     "lwf": ["lwf"],
 }
-COLUMNS = {
-    "final average": "mean_final_accuracy",
-    "just learnt": "mean_finetune_accuracy",
-    "backward transfer": "backward_transfer",
-    "forgetting": "forgetting",
+COLUMNS = {  # name in the measured runs, decimals
+    "final average": ("mean_final_accuracy", 1),
+    "just learnt": ("mean_finetune_accuracy", 1),
+    "backward transfer": ("backward_transfer", 1),
+    "forgetting": ("forgetting", 1),
+    "general, last stage": ("general", 1),
+    "feature shift": ("feature_shift", 3),
+    "seconds of training": ("seconds", 1),
+    "stored, last stage (kB)": ("stored_kb", 1),
 }
-EXTRA = ("general, last stage", "feature shift", "seconds of training", "stored, last stage (kB)", "seeds")
 
 
-def page(output: Path, jobs: list[Job]) -> str:
+def page(jobs: list[Job], measured: Measured) -> str:
     """The results page."""
-    runs = read_all(jobs, output)
-    example = next(found[0] for found in runs.values() if found)
-    rows, tasks = sum(example["n"]), ", ".join(example["tasks"])
+    runs = {label: own for label, own in measured.by_label(jobs).items() if own}
+    first = next(own[0] for own in runs.values())
+    before = [(first["general"] or 0.0) - (first["general_change"] or 0.0)]
     settings = ", ".join(f"`{key}: {value}`" for key, value in TRAINING.items())
     lines = [
         "<!-- Written by benchmarks/results.py; run it again rather than editing this page. -->",
         "# Results on the quickstart stream",
         "",
-        f"Tasks in order: {tasks}; {rows} test rows in all, exact match in percent, mean ± standard deviation over",
-        f"seeds. tiny-llava, LoRA r 8 on the language part, {settings}; every method with its defaults unless",
-        "`benchmarks/results.py` says otherwise. The general benchmark (`quickstart-general`) is at",
-        f"{spread([general_at(example, 0)])} % before the first task. Nothing here was chosen on test rows.",
+        f"Tasks in order: {', '.join(TASKS['quickstart'])}; at most 160 test rows each, exact match in percent, mean ±",
+        f"standard deviation over seeds. tiny-llava, LoRA r 8 on the language part, {settings};",
+        "every method with its defaults unless `benchmarks/results.py` says otherwise. The general benchmark",
+        f"(`quickstart-general`) is at {spread(before)} % before the first task. Nothing here was chosen on test rows.",
         "Seconds depend on what else the machine did: `benchmarks/step_overhead.py` compares the cost of steps.",
         "",
         "```bash",
@@ -58,32 +63,31 @@ def page(output: Path, jobs: list[Job]) -> str:
         "```",
         "",
     ]
-    cells = []
-    for name, found in runs.items():
-        if not found:
-            continue
-        own = [spread([matrix["derived"][key] for matrix in found]) for key in COLUMNS.values()]
-        own.append(spread([general_at(matrix, -1) for matrix in found]))
-        own.append(spread([matrix["drift"][-1]["feature_shift"] if matrix["drift"] else None for matrix in found], 3))
-        own.append(spread([sum(stage["seconds"] for stage in matrix["trained"]) for matrix in found]))
-        own.append(spread([matrix["trained"][-1]["stored_bytes"] / 1000 for matrix in found]))
-        cells.append([name, *own, str(len(found))])
-    return "\n".join([*lines, *table(["method", *COLUMNS, *EXTRA], cells)]) + "\n"
+    cells = [
+        [label, *(spread(column(own, name), decimals) for name, decimals in COLUMNS.values()), str(len(own))]
+        for label, own in runs.items()
+    ]
+    return "\n".join([*lines, *table(["method", *COLUMNS, "seeds"], cells)]) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/results"))
+    parser.add_argument("--measured", type=Path, default=MEASURED, help="numbers of earlier runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
     parser.add_argument("--report-only", action="store_true")
     given = parser.parse_args()
-    if not given.report_only:
-        wanted = [Job(name, METHODS[name], seed=seed) for seed in given.seeds for name in given.methods]
-        run_all(wanted, given.output, given.jobs)
+    measured = Measured(given.measured)
     jobs = [Job(name, methods, seed=seed) for name, methods in METHODS.items() for seed in given.seeds]
-    (ROOT / "docs" / "results.md").write_text(page(given.output, jobs), encoding="utf-8")
+    failures: list[str] = []
+    if not given.report_only:
+        wanted = [job for job in jobs if job.label in given.methods]
+        failures = measured.run_missing(wanted, given.output, given.jobs)
+    (ROOT / "docs" / "results.md").write_text(page(jobs, measured), encoding="utf-8")
+    if failures:
+        raise SystemExit("\n".join([f"{len(failures)} run(s) failed:", *failures]))
 
 
 if __name__ == "__main__":

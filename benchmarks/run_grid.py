@@ -1,4 +1,4 @@
-"""Recipes run one per process and read back: what `results.py` and `study.py` share. A finished run is never run again."""
+"""Recipes run one per process and read back: what the pages of results share. A finished run is never run again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import runpy
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,9 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["mllm_cl.training.loop"])  # ten seconds of imports, once
 
 
+Run = dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Job:
     """One run: a method on a stream in some order with a seed.
@@ -30,7 +32,7 @@ class Job:
         label: the method's name in tables.
         methods: as in a recipe.
         split: `validation` to choose, `test` to report.
-        changes: further sections of the recipe, merged into it.
+        changes: further sections of the recipe, merged into it; `{output}` in their texts is the folder of all runs.
     """
 
     label: str
@@ -52,11 +54,16 @@ class Job:
 
     def recipe(self, output: Path) -> dict[str, Any]:
         """The recipe of the run below `output`."""
+        content = json.loads(self.identity.replace("{output}", output.resolve().as_posix()))
+        name = f"{self.label}, {self.stream}, {self.order_name} order, seed {self.seed}"
+        return {"name": name, "output_dir": str(output / self.folder), **content}
+
+    @property
+    def identity(self) -> str:
+        """The recipe as JSON, but for its name and place: tells whether a run is the one asked for."""
         stream: dict[str, Any] = {"name": self.stream, "limit": {"test": 160, "validation": 80}}
         stream |= {"order": list(self.order)} if self.order else {}
         content: dict[str, Any] = {
-            "name": f"{self.label}, {self.stream}, {self.order_name} order, seed {self.seed}",
-            "output_dir": str(output / self.folder),
             "seed": self.seed,
             "stream": stream,
             "methods": self.methods,
@@ -65,23 +72,16 @@ class Job:
         }
         for section, changes in self.changes.items():
             content[section] = {**content.get(section, {}), **changes}
-        return content
+        return json.dumps(content, sort_keys=True)
 
 
-def run_all(jobs: Sequence[Job], output: Path, at_once: int = 1) -> None:
-    """Runs what is not finished, each in a process of its own with one thread.
+def run(job: Job, output: Path) -> str:
+    """Runs a job in a process of its own with one thread; one that was interrupted continues.
 
     Raises:
-        SystemExit: a run failed; its output is shown.
+        SystemExit: it failed; its output is shown.
     """
     output.mkdir(parents=True, exist_ok=True)
-    waiting = [job for job in jobs if read(job, output) is None]
-    with ThreadPoolExecutor(at_once) as pool:
-        for line in pool.map(lambda job: _run(job, output), waiting):
-            print(line, flush=True)
-
-
-def _run(job: Job, output: Path) -> str:
     path = output / f"{job.folder}.yaml"
     path.write_text(json.dumps(job.recipe(output)), encoding="utf-8")  # JSON is YAML
     log = path.with_suffix(".log")
@@ -103,28 +103,24 @@ def _train(recipe: Path, log: Path) -> None:
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def read(job: Job, output: Path) -> dict[str, Any] | None:
-    """Returns the matrix of a finished run, with the ledger's entries of trained stages and drift; else `None`."""
-    ledger = output / job.folder / "ledger.jsonl"
-    if not ledger.exists():
+def finished(job: Job, output: Path) -> Run | None:
+    """Returns the matrix of a finished run, with the ledger's entries of trained stages and drift; else `None`.
+
+    Raises:
+        SystemExit: the folder holds a run of another recipe.
+    """
+    written, ledger = output / f"{job.folder}.yaml", output / job.folder / "ledger.jsonl"
+    if not (written.exists() and ledger.exists()):
         return None
+    recipe = json.loads(written.read_text(encoding="utf-8"))
+    if recipe | {"name": "", "output_dir": ""} != job.recipe(output) | {"name": "", "output_dir": ""}:
+        raise SystemExit(f"{output / job.folder} was run with another recipe: move it away or give another --output.")
     entries = [json.loads(line) for line in ledger.read_text(encoding="utf-8").splitlines()]
     if not any(entry["event"] == "run_complete" for entry in entries):
         return None
     matrix = json.loads((output / job.folder / "matrix.json").read_text(encoding="utf-8"))
     events = {event: [e for e in entries if e["event"] == event] for event in ("stage_trained", "drift")}
     return matrix | {"trained": events["stage_trained"], "drift": events["drift"]}
-
-
-def read_all(jobs: Iterable[Job], output: Path) -> dict[str, list[dict[str, Any]]]:
-    """Returns the finished runs by label, labels in the order of the jobs."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for job in jobs:
-        matrix = read(job, output)
-        found.setdefault(job.label, [])
-        if matrix is not None:
-            found[job.label].append(matrix)
-    return found
 
 
 def spread(values: Sequence[float | None], digits: int = 1) -> str:
@@ -136,7 +132,7 @@ def spread(values: Sequence[float | None], digits: int = 1) -> str:
     return f"{statistics.mean(known):.{digits}f}{deviation}"
 
 
-def general_at(matrix: dict[str, Any], stage: int) -> float | None:
+def general_at(matrix: Run, stage: int) -> float | None:
     """Score on the general benchmark at a row of the matrix (0: the untouched model, -1: the last stage)."""
     return matrix["general"]["values"][stage][0]
 

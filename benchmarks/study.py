@@ -3,7 +3,8 @@
     python benchmarks/study.py --output runs/study                    # everything; interrupted, it continues
     python benchmarks/study.py --output runs/study --chapters pilot   # one chapter
     python benchmarks/study.py --output runs/study --reduced          # one seed, short training, in minutes
-    python benchmarks/study.py --output runs/study --report-only      # only the page, from the runs that exist
+    python benchmarks/study.py --output runs/study --report-only      # only the page, from what was measured
+    python benchmarks/study.py --output runs/again --measured again.jsonl    # does not read what others have measured
 
 Chapters: `pilot` (SAC variants on the same pair of checkpoints, at equal update norm), `presets` (UIR presets and
 weights), `chain` (SAC variants with UIR in the loop), `rates` (a learning rate for each method), `batches` (rows per step,
@@ -12,7 +13,8 @@ that is more and smaller steps on the same rows), `inquiries` (their number and 
 method's own), `pretraining` (the general mixture source by source, from a model that can only describe pictures),
 `together` (with a small replay, with per-task adapters), `spectra` (singular values of the updates).
 Choices are made on validation splits (`pilot` to `inquiries`), all but the last with half of the quickstart stream's
-training rows; `streams`, `pretraining` and `together` report on test splits, with all of them.
+training rows; `streams`, `pretraining` and `together` report on test splits, with all of them. The numbers of each finished
+run become a line of docs/measured/runs.jsonl; `pilot` and `spectra` are made from the checkpoints of one run.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from run_grid import ROOT, Job, general_at, read, read_all, run_all, spread, table
+from measured import MEASURED, Measured, column
+from run_grid import ROOT, Job, spread, table
 from study_pair import pilot_rows, spectra_rows
 from study_pretraining import make_captioner, pretraining_jobs
 
@@ -36,11 +39,15 @@ TASKS = {
     "study-letters": ("letter-case", "vowel-check", "letter-count", "letter-side"),
     "study-surfaces": ("surface-name", "lighting", "mixed-halves", "frame-check"),
 }
-COLUMNS = {
-    "final average": "mean_final_accuracy",
-    "just learnt": "mean_finetune_accuracy",
-    "backward transfer": "backward_transfer",
+COLUMNS = {  # name in the measured runs, decimals
+    "final average": ("mean_final_accuracy", 1),
+    "just learnt": ("mean_finetune_accuracy", 1),
+    "backward transfer": ("backward_transfer", 1),
+    "change of general ability": ("general_change", 1),
+    "feature shift": ("feature_shift", 3),
+    "one-word answers": ("one_word_share", 1),
 }
+NOT_RUN = ["*Not run yet.*"]
 HALF = {"stream": {"limit": {"train": 320, "validation": 80}}}
 SHORT = {"training": {"num_train_epochs": 1}, "stream": {"limit": {"train": 160, "validation": 40, "test": 40}}}
 
@@ -146,7 +153,7 @@ def retrained(job: Job, settings: dict[str, float]) -> Job:
     return replace(job, label=label, changes=job.changes | {"training": training})
 
 
-def chapters(output: Path, seeds: Sequence[int]) -> dict[str, list[Job]]:
+def chapters(seeds: Sequence[int]) -> dict[str, list[Job]]:
     """The runs of each chapter that consists of runs."""
     one, given, both = ("quickstart",), ("given",), ("given", "reversed")
     choosing: dict[str, Any] = {"split": "validation", "streams": one, "orders": given, "changes": HALF}
@@ -170,7 +177,7 @@ def chapters(output: Path, seeds: Sequence[int]) -> dict[str, list[Job]]:
             *(retrained(job, TUNED[job.label]) for job in streams if job.label in TUNED),
             *(retrained(job, own) for job in asked_more),
         ],
-        "pretraining": pretraining_jobs(output.resolve(), seeds),
+        "pretraining": pretraining_jobs(seeds),
         "together": jobs_of(TOGETHER, seeds=seeds, split="test", streams=one, orders=given),
     }
 
@@ -180,30 +187,25 @@ def short(job: Job) -> Job:
     return replace(job, label=f"short {job.label}", changes=job.changes | SHORT)
 
 
-def results(jobs: Sequence[Job], output: Path) -> list[str]:
+def results(jobs: Sequence[Job], measured: Measured) -> list[str]:
     """Lines of a table: one row per label, mean ± standard deviation over its finished runs."""
-    rows = []
-    for label, found in read_all(jobs, output).items():
-        if not found:
-            continue
-        own = [spread([matrix["derived"][key] for matrix in found]) for key in COLUMNS.values()]
-        change = [general_at(matrix, -1) - general_at(matrix, 0) for matrix in found]  # type: ignore[operator]
-        shift = [matrix["drift"][-1]["feature_shift"] if matrix["drift"] else None for matrix in found]
-        words = [matrix["drift"][-1]["one_word_share"] if matrix["drift"] else None for matrix in found]
-        rows.append([label, *own, spread(change), spread(shift, 3), spread(words), str(len(found))])
-    header = ["", *COLUMNS, "change of general ability", "feature shift", "one-word answers", "runs"]
-    return table(header, rows) if rows else ["*Not run yet.*"]
+    rows = [
+        [label, *(spread(column(runs, name), decimals) for name, decimals in COLUMNS.values()), str(len(runs))]
+        for label, runs in measured.by_label(jobs).items()
+        if runs
+    ]
+    return table(["", *COLUMNS, "runs"], rows) if rows else NOT_RUN
 
 
-def by_setting(jobs: Sequence[Job], output: Path) -> list[str]:
+def by_setting(jobs: Sequence[Job], measured: Measured) -> list[str]:
     """One table per stream and order."""
     lines: list[str] = []
     for stream in dict.fromkeys(job.stream for job in jobs):
         for order in ("given", "reversed"):
             own = [job for job in jobs if (job.stream, job.order_name) == (stream, order)]
-            if any(read(job, output) for job in own):
-                lines += [f"**{stream}, {order} order**", "", *results(own, output), ""]
-    return lines or ["*Not run yet.*"]
+            if any(measured.get(job) for job in own):
+                lines += [f"**{stream}, {order} order**", "", *results(own, measured), ""]
+    return lines or NOT_RUN
 
 
 def put(text: str, name: str, lines: Sequence[str]) -> str:
@@ -230,6 +232,7 @@ def main() -> None:
     )
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/study"))
+    parser.add_argument("--measured", type=Path, help=f"numbers of earlier runs; {MEASURED.relative_to(ROOT)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--chapters", nargs="+", choices=known, default=list(known))
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
@@ -237,29 +240,35 @@ def main() -> None:
     parser.add_argument("--report-only", action="store_true")
     given = parser.parse_args()
 
-    planned = chapters(given.output, given.seeds[:1] if given.reduced else given.seeds)
+    usual = given.output / MEASURED.name if given.reduced else MEASURED
+    measured = Measured(given.measured or usual)
+    planned = chapters(given.seeds[:1] if given.reduced else given.seeds)
     if given.reduced:
         planned = {name: [short(job) for job in jobs if job.order_name == "given"] for name, jobs in planned.items()}
     writers: dict[str, Callable[[], list[str]]] = {
         "pilot": lambda: pilot_rows(given.output / "pair", SHORT if given.reduced else {}, given.report_only),
         "spectra": lambda: spectra_rows(given.output / "pair"),
         **{
-            name: lambda name=name: results(planned[name], given.output)
+            name: lambda name=name: results(planned[name], measured)
             for name in ("presets", "chain", "rates", "batches", "inquiries", "together")
         },
-        **{name: lambda name=name: by_setting(planned[name], given.output) for name in ("streams", "pretraining")},
+        **{name: lambda name=name: by_setting(planned[name], measured) for name in ("streams", "pretraining")},
     }
+    failures: list[str] = []
     text = PAGE.read_text(encoding="utf-8")
     for name in given.chapters:
         if name == "pretraining" and not given.report_only:
             make_captioner(given.output.resolve(), 4_000 if given.reduced else 16_000)
         if name in planned and not given.report_only:
-            run_all(planned[name], given.output, given.jobs)
+            failures += measured.run_missing(planned[name], given.output, given.jobs)
         lines = writers[name]()
         print(f"\n## {name}\n", *lines, sep="\n", flush=True)
-        text = put(text, name, lines)
+        if lines != NOT_RUN:  # another machine may have made the table that the page has
+            text = put(text, name, lines)
         if not given.reduced:
             PAGE.write_text(text, encoding="utf-8")
+    if failures:
+        raise SystemExit("\n".join([f"{len(failures)} run(s) failed:", *failures]))
 
 
 if __name__ == "__main__":

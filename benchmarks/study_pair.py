@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from run_grid import ROOT, Job, read, run_all, table
+from run_grid import ROOT, Job, finished, run, table
 
 from mllm_cl.data.rows import Row, reference_answers
 from mllm_cl.evaluation import get_scorer
@@ -65,9 +65,9 @@ def task_updates(folder: Path, job: Job, stage: int) -> dict[str, LowRankDelta]:
 def pilot_rows(folder: Path, changes: dict[str, Any], report_only: bool) -> list[str]:
     """Trains the pair, scores every variant, writes the figure; returns the lines of the table."""
     job, scores_file = pair_job(changes), folder / "scores.json"
-    if not report_only:
-        run_all([job], folder)
-    if read(job, folder) is None:
+    if not report_only and finished(job, folder) is None:
+        print(run(job, folder), flush=True)
+    if finished(job, folder) is None:
         return ["*Not run yet.*"]
     scores: dict[str, list[float]] = json.loads(scores_file.read_text()) if scores_file.exists() else {}
     if not report_only:
@@ -140,7 +140,7 @@ def _frontier(scores: dict[str, list[float]]) -> None:
 def spectra_rows(folder: Path) -> list[str]:
     """Singular values of the updates of each stage: how concentrated they are, and how much consecutive ones overlap."""
     job = pair_job({})
-    if read(job, folder) is None:
+    if finished(job, folder) is None:
         return ["*Not run yet.*"]
     rows, before = [], None
     for stage, task in enumerate(ORDER, start=1):

@@ -22,9 +22,9 @@ STREAM = "study-mixture"
 SAC, UIR = "spectral_consolidation", "inquiry_regularization"
 
 
-def pretraining_jobs(output: Path, seeds: Sequence[int]) -> list[Job]:
+def pretraining_jobs(seeds: Sequence[int]) -> list[Job]:
     """Methods × orders × seeds; test split."""
-    inquiries: dict[str, Any] = {"pool": str(output / "describe.txt"), "images": "task"}
+    inquiries: dict[str, Any] = {"pool": "{output}/describe.txt", "images": "task"}
     methods: dict[str, list[Any]] = {
         "finetune": ["finetune"],
         "joint": ["joint"],
@@ -34,7 +34,7 @@ def pretraining_jobs(output: Path, seeds: Sequence[int]) -> list[Job]:
         "LLaVA-c, SAC saturate": [{SAC: {"rate": "saturate"}}, {UIR: inquiries}],
     }
     changes = {
-        "model": {"name_or_path": str(output / "captioner"), "train_bridge": True},
+        "model": {"name_or_path": "{output}/captioner", "train_bridge": True},
         "training": {"num_train_epochs": 2},
         "evaluation": {"general": ["study-captions"]},
     }

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import measured as measured_runs
 import methods_table
+import study
+from measured import Measured, numbers_of
 from methods_plot import Point, front, write_pareto
-from methods_table import Measured, finished, numbers_of
-from run_grid import general_at, read, spread
+from run_grid import Job, finished, general_at, spread
 
 
 @pytest.fixture
@@ -46,7 +48,7 @@ def test_means_over_the_runs_that_exist(tmp_path, made, measured):
     for job in chosen:
         made(job, keep=0.3 if job.order_name == "given" else 0.6)
     made(jobs[1], keep=0.95)
-    runs = [read(job, tmp_path) for job in chosen]
+    runs = [finished(job, tmp_path) for job in chosen]
     lines = methods_table.table_of(methods_table.of_stream(jobs, "quickstart", measured))
     own = dict(zip([cell.strip() for cell in lines[0].split("|")[1:-1]], cells(lines, "finetune")))
     assert own["final average"] == spread([run["derived"]["mean_final_accuracy"] for run in runs])
@@ -85,11 +87,41 @@ def test_what_another_machine_has_measured_is_not_run_again(tmp_path, made, meas
     lines = methods_table.table_of(methods_table.of_stream(jobs, "quickstart", elsewhere))
     assert lines == methods_table.table_of(methods_table.of_stream(jobs, "quickstart", measured))
     asked: list[str] = []
-    monkeypatch.setattr(methods_table, "run_all", lambda wanted, output: asked.extend(job.label for job in wanted))
-    assert methods_table.attempt(jobs[0], tmp_path / "empty", elsewhere) is None
-    assert asked == []
-    assert "without being complete" in (methods_table.attempt(jobs[1], tmp_path / "empty", elsewhere) or "")
+    monkeypatch.setattr(measured_runs, "run", lambda job, output: asked.append(job.label))
+    (failure,) = elsewhere.run_missing(jobs, tmp_path / "empty")
     assert asked == ["replay"]
+    assert "without being complete" in failure
+
+
+def test_groups_of_runs_keep_their_mean_and_deviation(tmp_path):
+    jobs = [Job("finetune", ["finetune"], seed=seed) for seed in range(4)]
+    recipe = {key: value for key, value in json.loads(jobs[0].identity).items() if key != "seed"}
+    for seeds, sd in (([0, 1], 4.0), ([0, 1, 2], 1.5)):
+        line = {
+            "recipe": recipe,
+            "seeds": seeds,
+            "mean": {"mean_final_accuracy": 50.0},
+            "sd": {"mean_final_accuracy": sd},
+        }
+        path = tmp_path / f"{len(seeds)}.jsonl"
+        path.write_text(json.dumps(line) + "\n")
+        measured = Measured(path)
+        assert measured.get(jobs[len(seeds)]) is None
+        runs = [measured.get(job) or {} for job in jobs[: len(seeds)]]
+        assert spread([run["mean_final_accuracy"] for run in runs], 6) == f"50.000000 ± {sd:.6f}"
+    measured.add(jobs[3], {"mean_final_accuracy": 60.0})
+    (row,) = [line for line in study.results(jobs, Measured(path)) if "finetune" in line]
+    assert row.startswith("| finetune | 52.5 ± 5.1 | – |")  # three of 50 ± 1.5, and 60
+    assert row.endswith("| 4 |")
+
+
+def test_a_job_is_known_by_its_recipe_and_not_by_its_folders(tmp_path):
+    changes = {"model": {"name_or_path": "{output}/captioner"}}
+    job = Job("finetune", ["finetune"], changes=changes)
+    assert job.recipe(tmp_path)["model"] == {"name_or_path": (tmp_path / "captioner").as_posix()}
+    assert str(tmp_path) not in job.identity
+    assert Job("another label", ["finetune"], changes=changes).identity == job.identity
+    assert Job("finetune", ["finetune"], changes=changes, seed=1).identity != job.identity
 
 
 def test_the_page_keeps_what_a_person_wrote(made, measured):
