@@ -6,14 +6,14 @@ Formula: ΔW = Σ_t ΔW_t in all blocks but the last; ΔW(x) = Σ_t w_t(x) ΔW_t
 the mean of the cosines of the whole inquiry and of its question alone with the task's prototypes.
 Stored per task: one adapter and one prototype. Cost per step: 1×; inference: two embedding passes, and rows with different
 gates are generated one by one.
-Reference: Guo et al. 2025, HiDe-LLaVA (ACL 2025). Fidelity: fused updates are summed exactly; the released code sums A and
-B separately, (Σ B)(Σ A), which adds cross terms. Embeddings come from the untouched base instead of CLIP; gates are per
-sample, prototypes float32. The blocks' part of what is not in a decoder block (vision, bridge) is fused.
+Reference: Guo et al. 2025, HiDe-LLaVA (ACL 2025). Fidelity: updates are summed exactly; with `variant: released` the factors
+are, s (Σ B)(Σ A), which adds cross terms between tasks, as the released code does. Embeddings come from the untouched base
+instead of CLIP; gates are per sample, prototypes float32. What is not in a decoder block (vision, bridge) is fused.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -25,7 +25,14 @@ from mllm_cl.methods._layers import decoder_blocks
 from mllm_cl.methods._routing import gates
 from mllm_cl.methods.base import Context, RouteBatch
 from mllm_cl.methods.task_adapters import Samples, TaskAdapters
-from mllm_cl.models.adapters import adapter_deltas, adapter_names, remove_adapter, task_adapter, write_deltas
+from mllm_cl.models.adapters import (
+    adapter_deltas,
+    adapter_names,
+    lora_factors,
+    remove_adapter,
+    task_adapter,
+    write_deltas,
+)
 from mllm_cl.spectral import LowRankDelta
 
 FUSED, TOP = "fused", "top-"
@@ -37,14 +44,21 @@ class HiDe(TaskAdapters):
     Args:
         samples: training rows that make a prototype.
         temperature: of the softmax over tasks.
+        variant: what is summed, the updates (`paper`) or their factors (`released`).
     """
 
     name = "hide"
     summary = "one adapter per task, summed in all blocks but the last, mixed per sample there"
 
-    def __init__(self, *, samples: Samples = 256, temperature: Annotated[float, Field(gt=0)] = 0.1) -> None:
+    def __init__(
+        self,
+        *,
+        samples: Samples = 256,
+        temperature: Annotated[float, Field(gt=0)] = 0.1,
+        variant: Literal["paper", "released"] = "paper",
+    ) -> None:
         super().__init__(samples=samples, reject=None)
-        self.temperature = temperature
+        self.temperature, self.variant = temperature, variant
         self._built: tuple[str, ...] = ()
 
     def embed(self, ctx: Context, rows: list) -> Tensor:
@@ -74,16 +88,23 @@ class HiDe(TaskAdapters):
         self._remove(ctx)
         blocks = decoder_blocks(ctx.model)
         last = {module for module, block in blocks.items() if block == max(blocks.values())}
-        fused: dict[str, LowRankDelta] = {}
+        exact: dict[str, LowRankDelta] = {}
         for number, task in enumerate(self.tasks):
             own = adapter_deltas(ctx.model, task_adapter(task))
-            nothing = {module: LowRankDelta.zeros(*update.shape) for module, update in own.items()}
-            top = {module: update if module in last else nothing[module] for module, update in own.items()}
-            rest = {module: nothing[module] if module in last else update for module, update in own.items()}
-            fused = {module: update + fused[module] if fused else update for module, update in rest.items()}
+            top = {m: u if m in last else LowRankDelta.zeros(*u.shape) for m, u in own.items()}
+            exact = {module: update + exact[module] if exact else update for module, update in own.items()}
             write_deltas(ctx.model, TOP + str(number), top, max(1, *(update.rank for update in top.values())))
+        summed = exact if self.variant == "paper" else self._summed_factors(ctx)
+        fused = {m: LowRankDelta.zeros(*u.shape) if m in last else u for m, u in summed.items()}
         write_deltas(ctx.model, FUSED, fused, max(1, *(update.rank for update in fused.values())))
         self._built = tuple(self.tasks)
+
+    def _summed_factors(self, ctx: Context) -> dict[str, LowRankDelta]:
+        """s (Σ B)(Σ A) per module."""
+        tasks = [lora_factors(ctx.model, task_adapter(task)) for task in self.tasks]
+        total = {name: sum(own[name] for own in tasks[1:]) + tasks[0][name] for name in tasks[0]}
+        modules = [name.removesuffix("/A") for name in total if name.endswith("/A")]
+        return {module: LowRankDelta.from_lora(total[f"{module}/A"], total[f"{module}/B"], 1.0) for module in modules}
 
     def _remove(self, ctx: Context) -> None:
         for name in adapter_names(ctx.model):

@@ -25,6 +25,7 @@ from mllm_cl.models.adapters import (
     adapter_names,
     adapter_parameters,
     adapter_state,
+    lora_factors,
     lora_layers,
     remove_adapter,
     task_adapter,
@@ -213,6 +214,18 @@ def test_hide_adds_up_all_blocks_but_the_last(two_tasks):
             assert torch.allclose(top[module].dense(), own, atol=1e-5)
     method.begin_task(learner.context(stream[1], stream, None))
     assert not any(name == FUSED or name.startswith(TOP) for name in adapter_names(learner.model))
+
+
+def test_hide_as_released_sums_the_factors(two_tasks):
+    method = HiDe(variant="released")
+    learner, stream, _ = two_tasks(method, ([[1.0, 0.0]] * 4, [[0.0, 1.0]] * 4))
+    routed(method, learner, stream, [[1.0, 0.0]])
+    blocks, own = decoder_blocks(learner.model), [lora_factors(learner.model, name) for name in (FIRST, SECOND)]
+    fused = adapter_deltas(learner.model, FUSED)
+    for module, delta in fused.items():
+        a, b = (own[0][f"{module}/{part}"] + own[1][f"{module}/{part}"] for part in "AB")
+        expected = torch.zeros(delta.shape) if blocks.get(module) == 1 else b @ a
+        assert torch.allclose(delta.dense(), expected, atol=1e-5)
 
 
 def test_hide_compares_with_the_mean_of_both_cosines(two_tasks):
