@@ -57,7 +57,9 @@ def assert_same_learning(one: Path, two: Path, method: str, log: str, rounding: 
             if key.endswith("lora_A.weight"):
                 other = key.replace("lora_A", "lora_B")
                 update = expected[other] @ expected[key]  # (out, rank) @ (rank, in)
-                torch.testing.assert_close(found[other] @ found[key], update, atol=rounding, rtol=1e-4)
+                # starts from the smallest eigenvectors of the inputs, near-degenerate too
+                own = 5 * rounding if method == "lora_null" else rounding
+                torch.testing.assert_close(found[other] @ found[key], update, atol=own, rtol=1e-4)
                 largest = max(largest, update.abs().max().item())
     prompts = any(key.startswith("vectors/") for file in files for key in load_file(one / file))
     assert largest > 1e-3 or prompts  # something was learnt; methods of prompts leave the adapter alone
