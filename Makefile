@@ -42,7 +42,7 @@ docs: venv
 study: venv
 	$(BIN)/python benchmarks/study.py --output runs/study
 
-# resumable; TABLE="--epochs 1 --rows 160 --seeds 0" is a smaller one
+# resumable; TABLE="--streams quickstart --orders given --seeds 0" is the beginning of it
 methods-table: venv
 	$(BIN)/python benchmarks/methods_table.py --output runs/methods $(TABLE)
 	$(BIN)/python docs/build.py

@@ -41,10 +41,10 @@ def cells(lines, method):
 
 def test_means_over_the_runs_that_exist(tmp_path, made, measured):
     jobs = methods_table.jobs_of(["finetune", "replay", "ewc"], ["quickstart"], ["given", "reversed"], [0, 1])
-    assert [(job.label, job.order_name, job.seed) for job in jobs[:4]] == [
+    assert [(job.methods[0], job.order_name, job.seed) for job in jobs[:4]] == [
         ("finetune", "given", 0), ("replay", "given", 0), ("ewc", "given", 0), ("finetune", "reversed", 0),
     ]  # fmt: skip
-    chosen = [job for job in jobs if job.label == "finetune" and job.seed == 0]
+    chosen = [job for job in jobs if job.methods == ["finetune"] and job.seed == 0]
     for job in chosen:
         made(job, keep=0.3 if job.order_name == "given" else 0.6)
     made(jobs[1], keep=0.95)
@@ -87,7 +87,7 @@ def test_what_another_machine_has_measured_is_not_run_again(tmp_path, made, meas
     lines = methods_table.table_of(methods_table.of_stream(jobs, "quickstart", elsewhere))
     assert lines == methods_table.table_of(methods_table.of_stream(jobs, "quickstart", measured))
     asked: list[str] = []
-    monkeypatch.setattr(measured_runs, "run", lambda job, output: asked.append(job.label))
+    monkeypatch.setattr(measured_runs, "run", lambda job, output: asked.extend(job.methods))
     (failure,) = elsewhere.run_missing(jobs, tmp_path / "empty")
     assert asked == ["replay"]
     assert "without being complete" in failure
@@ -125,12 +125,12 @@ def test_a_job_is_known_by_its_recipe_and_not_by_its_folders(tmp_path):
 
 
 def test_the_page_keeps_what_a_person_wrote(made, measured):
-    jobs = methods_table.jobs_of(["finetune"], ["quickstart", "study-letters"], ["given"], [0], {"num_train_epochs": 2})
+    jobs = methods_table.jobs_of(["finetune"], ["quickstart", "study-letters"], ["given"], [0], {"num_train_epochs": 3})
     made(jobs[0])
     first = methods_table.page(jobs, measured)
     assert methods_table.reading_of(first) == ""
-    assert "`num_train_epochs: 2`" in first
-    assert "all train rows per task" in first
+    assert "`num_train_epochs: 3`" in first
+    assert "at most 256 train rows and at most 80 test rows per task" in first
     assert first.rstrip().endswith("*Not run yet.*")  # the second stream
     second = methods_table.page(jobs, measured, "Replay wins; EWC does not.")
     assert methods_table.reading_of(second) == "Replay wins; EWC does not."
