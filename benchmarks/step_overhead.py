@@ -3,16 +3,17 @@
     python benchmarks/step_overhead.py --output step_overhead.json
     python benchmarks/step_overhead.py --model 300m --rows 32 --batch 16 --rounds 2   # random weights; an hour on one core
 
-All train the same LoRA on the same model for as many rows per step:
+All train the same LoRA on the same model, on the same rows, with as many per step:
 
-- `plain`: `transformers.Trainer`, the rows of a task.
-- `no methods`: `ContinualTrainer` without methods.
-- `SAC + UIR`: half of the rows are the task's, half inquiries with targets from the cache; the consolidation at the end
+- `plain`: `transformers.Trainer` on a mixture of a task's rows and as many inquiries with the reference's answers.
+- `no methods`: `ContinualTrainer` without methods, the same.
+- `SAC + UIR`: the task's rows, with the inquiries beside them and targets from the cache; the consolidation at the end
   of the task counts, and is also timed by itself (`ending_seconds`: it is paid once per task, however many rows that has;
   `ratio_of_steps` leaves it out), as is computing the targets (`preparing_seconds`).
 - `teacher in the step`: the same rows, but each step runs the reference's forward pass: what the cache saves. (The
   reference's answers are still written once per task.)
 
+Seconds are CPU time of the one thread, which other processes disturb less than the time on the wall; on a GPU the latter.
 The order changes from round to round; a ratio is the median over rounds of (variant / plain of the same round).
 """
 
@@ -34,6 +35,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mllm_cl.data.builders.quickstart import build_task
 from mllm_cl.data.collate import Collator
+from mllm_cl.data.rows import Row
 from mllm_cl.methods.base import Method
 from mllm_cl.methods.inquiry_regularization import InquiryRegularization
 from mllm_cl.methods.spectral_consolidation import SpectralConsolidation
@@ -65,7 +67,7 @@ def task_of(rows: int) -> Task:
     found = build_task("digit-parity")["train"]
     if len(found) < rows:
         raise SystemExit(
-            f"--rows {rows}: the task has {len(found)} rows; ask for no more, or the variants differ in rows."
+            f"--rows {2 * rows}: the task has {len(found)} rows, and half of the rows are its own: at most {2 * len(found)}."
         )
     return Task("rows", found[:rows], test=())
 
@@ -91,6 +93,8 @@ def arguments(folder: Path, batch: int) -> TrainingArguments:
     )
 
 
+clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+
 Times = tuple[float, float, float]
 """Seconds of training with its end, of preparing, and of the end alone."""
 
@@ -102,38 +106,48 @@ class StepsDone(TrainerCallback):
         self.at = 0.0
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.at = time.perf_counter()
+        self.at = clock()
 
 
-def plain(name: str, rows: int, batch: int, folder: Path) -> Times:
-    """Seconds to train `rows` rows with `transformers.Trainer`."""
+def mixture_of(name: str, rows: int, batch: int, folder: Path) -> list[Row]:
+    """The rows of a task, and the inquiries that `SAC + UIR` trains with them, answered by the reference."""
+    model, processor = loaded(name)
+    learner, task = Learner(model, processor, [InquiryRegularization()], seed=0), task_of(rows)
+    trainer = ContinualTrainer(args=arguments(folder, batch), task=task, stream=Stream("one", (task,)), learner=learner)
+    found: list[Row] = []
+    for row in map(trainer.train_dataset.__getitem__, range(rows)):  # type: ignore[union-attr]
+        inquiries = row.get("companions", {}).get("inquiry", [])
+        found += [{key: own[key] for key in ("id", "messages", "images")} for own in (row, *inquiries)]  # type: ignore[misc]
+    return found
+
+
+def plain(rows: list[Row], name: str, batch: int, folder: Path) -> Times:
+    """Seconds to train these rows with `transformers.Trainer`."""
     model, processor = loaded(name)
     lora = LoraConfig(r=8, lora_alpha=16, target_modules=lora_targets(model))
     trainer = Trainer(
         model=get_peft_model(model, lora),  # type: ignore[arg-type]
         args=arguments(folder, batch),
-        train_dataset=task_of(rows).train,  # type: ignore[arg-type]
+        train_dataset=rows,  # type: ignore[arg-type]
         data_collator=Collator(processor),
     )
-    start = time.perf_counter()
+    start = clock()
     trainer.train()
-    return time.perf_counter() - start, 0.0, 0.0
+    return clock() - start, 0.0, 0.0
 
 
-def continual(methods: Callable[[], list[Method]], name: str, rows: int, batch: int, folder: Path) -> Times:
-    """Seconds to train `rows` rows with `ContinualTrainer`."""
+def continual(task: Task, methods: Callable[[], list[Method]], name: str, batch: int, folder: Path) -> Times:
+    """Seconds to train a task with `ContinualTrainer`."""
     model, processor = loaded(name)
     learner = Learner(model, processor, methods(), seed=0)
-    start = time.perf_counter()
-    task = task_of(rows)
-    made = time.perf_counter() - start
+    start = clock()
     trainer = ContinualTrainer(args=arguments(folder, batch), task=task, stream=Stream("one", (task,)), learner=learner)
     done = StepsDone()
     trainer.add_callback(done)
-    prepared = time.perf_counter()
+    prepared = clock()
     trainer.train()
-    finished = time.perf_counter()
-    return finished - prepared, prepared - start - made, finished - done.at
+    finished = clock()
+    return finished - prepared, prepared - start, finished - done.at
 
 
 def main() -> None:
@@ -146,16 +160,18 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
 
-    whole: dict[str, Any] = {"name": given.model, "rows": given.rows, "batch": given.batch}
-    half = whole | {"rows": given.rows // 2, "batch": given.batch // 2}
+    size: dict[str, Any] = {"name": given.model, "batch": given.batch}
+    half = size | {"task": task_of(given.rows // 2), "batch": given.batch // 2}
+    with tempfile.TemporaryDirectory() as folder:
+        mixture = mixture_of(given.model, given.rows // 2, given.batch // 2, Path(folder))
     variants: dict[str, Callable[[Path], Times]] = {
-        "plain": lambda folder: plain(**whole, folder=folder),
-        "no methods": lambda folder: continual(list, **whole, folder=folder),
+        "plain": lambda folder: plain(mixture, **size, folder=folder),
+        "no methods": lambda folder: continual(Task("rows", mixture, test=()), list, **size, folder=folder),
         "SAC + UIR": lambda folder: continual(
-            lambda: [SpectralConsolidation(), InquiryRegularization()], **half, folder=folder
+            methods=lambda: [SpectralConsolidation(), InquiryRegularization()], **half, folder=folder
         ),
         "teacher in the step": lambda folder: continual(
-            lambda: [SpectralConsolidation(), TeacherInTheStep()], **half, folder=folder
+            methods=lambda: [SpectralConsolidation(), TeacherInTheStep()], **half, folder=folder
         ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
