@@ -148,7 +148,8 @@ def page(jobs: Sequence[Job], measured: Measured, reading: str = "") -> str:
             f"at most {limit['test']} test rows per task; every method with its defaults and as many epochs. Exact match in "
             "percent, mean ± standard deviation over orders and seeds; a line with fewer runs than others covers fewer of "
             "them. Epochs are equal, computing is not: teachers, inquiries and replayed rows come on top (see training "
-            "TFLOP; `budget: {kind: flops}` makes it equal). Nothing was chosen on these test rows for this table.",
+            "TFLOP; `budget: {kind: flops}` makes it equal). Seconds were taken on shared cores: only large "
+            "factors mean anything. Nothing was chosen on these test rows for this table.",
         ]
     lines += ["", READING[0], *([reading] if reading else []), READING[1]]
     for stream in dict.fromkeys(job.stream for job in jobs):

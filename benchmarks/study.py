@@ -8,8 +8,9 @@
 
 Chapters: `pilot` (SAC variants on the same pair of checkpoints, at equal update norm), `presets` (UIR presets and
 weights), `chain` (SAC variants with UIR in the loop), `rates` (a learning rate for each method), `batches` (rows per step,
-that is more and smaller steps on the same rows), `inquiries` (their number and weight with the best of these, all rows),
-`streams` (the default against the other methods on three streams, two orders; with the same training for all and with each
+that is more and smaller steps on the same rows), `strengths` (of SAC, with the best of these), `inquiries` (their number
+and weight with the best of these, all rows), `streams` (the default against the other methods on three streams, two orders;
+with the same training for all and with each
 method's own), `pretraining` (the general mixture source by source, from a model that can only describe pictures),
 `together` (with a small replay, with per-task adapters), `spectra` (singular values of the updates).
 Choices are made on validation splits (`pilot` to `inquiries`), all but the last with half of the quickstart stream's
@@ -103,11 +104,18 @@ TUNED: dict[str, dict[str, float]] = {
     "lwf": {RATE: 2e-3, BATCH: 4},
     "LLaVA-c (SAC + UIR)": {RATE: 3e-3, BATCH: 4},
 }
+STRENGTHS: dict[str, list[Any]] = {
+    "UIR alone": [UIR],
+    "UIR + uniform 0.9 (default)": [SAC, UIR],
+    **{f"UIR + uniform {k}": [{SAC: {"rate": "uniform", "strength": k}}, UIR] for k in (0.95, 1.0)},
+}
 MORE_INQUIRIES: list[Any] = [SAC, {UIR: {"ratio": 2.0}}]
 INQUIRIES: dict[str, list[Any]] = {  # at LLaVA-c's best training
     "LLaVA-c all rows": [SAC, UIR],
     "LLaVA-c all rows, weight 3": [SAC, {UIR: {"weight": 3.0}}],
     "LLaVA-c all rows, ratio 2": MORE_INQUIRIES,
+    "LLaVA-c all rows, strength 1.0": [{SAC: {"strength": 1.0}}, UIR],
+    "LLaVA-c all rows, strength 1.0, weight 3": [{SAC: {"strength": 1.0}}, {UIR: {"weight": 3.0}}],
 }
 TOGETHER: dict[str, list[Any]] = {
     "LLaVA-c (SAC + UIR)": [SAC, UIR],
@@ -162,6 +170,7 @@ def chapters(seeds: Sequence[int]) -> dict[str, list[Job]]:
     batches = jobs_of(several, seeds=seeds, **choosing)
     streams = jobs_of(METHODS, seeds=seeds, split="test", streams=tuple(TASKS), orders=both)
     own = TUNED["LLaVA-c (SAC + UIR)"]
+    strengths = jobs_of(STRENGTHS, seeds=seeds, **choosing)
     inquiries = jobs_of(INQUIRIES, seeds=seeds[:1], split="validation", streams=one, orders=given)
     asked_more = jobs_of(
         {"LLaVA-c, ratio 2": MORE_INQUIRIES}, seeds=seeds, split="test", streams=tuple(TASKS), orders=both
@@ -171,6 +180,7 @@ def chapters(seeds: Sequence[int]) -> dict[str, list[Job]]:
         "chain": jobs_of(CHAIN, seeds=seeds, **choosing),
         "rates": [retrained(job, {RATE: rate}) for job in rates for rate in RATES],
         "batches": [retrained(job, settings) for job in batches for settings in BATCHES],
+        "strengths": [retrained(job, own) for job in strengths],
         "inquiries": [retrained(job, own) for job in inquiries],
         "streams": [
             *streams,
@@ -224,6 +234,7 @@ def main() -> None:
         "chain",
         "rates",
         "batches",
+        "strengths",
         "inquiries",
         "streams",
         "pretraining",
@@ -250,7 +261,7 @@ def main() -> None:
         "spectra": lambda: spectra_rows(given.output / "pair"),
         **{
             name: lambda name=name: results(planned[name], measured)
-            for name in ("presets", "chain", "rates", "batches", "inquiries", "together")
+            for name in ("presets", "chain", "rates", "batches", "strengths", "inquiries", "together")
         },
         **{name: lambda name=name: by_setting(planned[name], measured) for name in ("streams", "pretraining")},
     }
