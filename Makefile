@@ -39,10 +39,11 @@ format: venv
 docs: venv
 	$(BIN)/python docs/build.py
 
+# what is missing in docs/measured/runs.jsonl; STUDY="--measured again.jsonl" runs everything again
 study: venv
-	$(BIN)/python benchmarks/study.py --output runs/study
+	$(BIN)/python benchmarks/study.py --output runs/study $(STUDY)
 
-# resumable; TABLE="--streams quickstart --orders given --seeds 0" is the beginning of it
+# the same; TABLE="--streams quickstart --orders given --seeds 0" is the beginning of it
 methods-table: venv
 	$(BIN)/python benchmarks/methods_table.py --output runs/methods $(TABLE)
 	$(BIN)/python docs/build.py
