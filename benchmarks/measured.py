@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from run_grid import ROOT, Job, Run, finished, general_at, run
+from run_grid import ROOT, Job, Run, finished, general_at, run, spread
 
 MEASURED = ROOT / "docs" / "measured" / "runs.jsonl"
 DERIVED = ("mean_final_accuracy", "mean_finetune_accuracy", "backward_transfer", "forgetting")
@@ -106,3 +106,8 @@ class Measured:
 def column(runs: Sequence[Numbers], name: str) -> list[float | None]:
     """One number of several runs; `None` where a run has not kept it."""
     return [run.get(name) for run in runs]
+
+
+def cells(runs: Sequence[Numbers], columns: Mapping[str, tuple[str, int]]) -> list[str]:
+    """Mean ± standard deviation over runs, a cell for each column of a page: its title -> name of the number, decimals."""
+    return [spread(column(runs, name), decimals) for name, decimals in columns.values()]

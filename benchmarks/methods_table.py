@@ -20,9 +20,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from measured import MEASURED, Measured, Numbers, column
+from measured import MEASURED, Measured, Numbers, cells, column
 from methods_plot import Point, write_pareto
-from run_grid import ROOT, Job, spread, table
+from run_grid import NOT_RUN, ROOT, Job, table
 from study import SAC, UIR
 from study import TASKS as STREAMS
 
@@ -106,14 +106,13 @@ def table_of(found: dict[str, tuple[int, list[Numbers]]]) -> list[str]:
     for name, (wanted, runs) in found.items():
         if not runs:
             continue
-        cells = [spread(column(runs, own), decimals) for own, decimals in COLUMNS.values()]
         known = [value for value in column(runs, "mean_final_accuracy") if value is not None]
         place = sum(known) / len(known) if known else -1.0
-        rows.append((-place, [name, *cells, f"{len(runs)} of {wanted}"]))
+        rows.append((-place, [name, *cells(runs, COLUMNS), f"{len(runs)} of {wanted}"]))
     missing = [name for name, (_, runs) in found.items() if not runs]
-    lines = table(["method", *COLUMNS, "runs"], [cells for _, cells in sorted(rows, key=lambda row: row[0])])
+    lines = table(["method", *COLUMNS, "runs"], [row for _, row in sorted(rows, key=lambda row: row[0])])
     if not rows:
-        return ["*Not run yet.*"]
+        return NOT_RUN
     return [*lines, "", f"Not run yet: {', '.join(missing)}."] if missing else lines
 
 

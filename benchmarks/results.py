@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from measured import MEASURED, Measured, column
+from measured import MEASURED, Measured, cells
 from run_grid import ROOT, TRAINING, Job, spread, table
 from study import TASKS
 
@@ -63,11 +63,8 @@ def page(jobs: list[Job], measured: Measured) -> str:
         "```",
         "",
     ]
-    cells = [
-        [label, *(spread(column(own, name), decimals) for name, decimals in COLUMNS.values()), str(len(own))]
-        for label, own in runs.items()
-    ]
-    return "\n".join([*lines, *table(["method", *COLUMNS, "seeds"], cells)]) + "\n"
+    rows = [[label, *cells(own, COLUMNS), str(len(own))] for label, own in runs.items()]
+    return "\n".join([*lines, *table(["method", *COLUMNS, "seeds"], rows)]) + "\n"
 
 
 def main() -> None:

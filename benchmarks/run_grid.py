@@ -17,6 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING = {"learning_rate": 5e-3, "num_train_epochs": 4, "per_device_train_batch_size": 16}
 GENERAL = "quickstart-general"
+NOT_RUN = ["*Not run yet.*"]  # what a page says where nothing has been measured
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["mllm_cl.training.loop"])  # ten seconds of imports, once
 

@@ -27,8 +27,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from measured import MEASURED, Measured, column
-from run_grid import ROOT, Job, spread, table
+from measured import MEASURED, Measured, cells
+from run_grid import NOT_RUN, ROOT, Job, table
 from study_pair import pilot_rows, spectra_rows
 from study_pretraining import make_captioner, pretraining_jobs
 
@@ -48,7 +48,6 @@ COLUMNS = {  # name in the measured runs, decimals
     "feature shift": ("feature_shift", 3),
     "one-word answers": ("one_word_share", 1),
 }
-NOT_RUN = ["*Not run yet.*"]
 HALF = {"stream": {"limit": {"train": 320, "validation": 80}}}
 SHORT = {"training": {"num_train_epochs": 1}, "stream": {"limit": {"train": 160, "validation": 40, "test": 40}}}
 
@@ -199,11 +198,7 @@ def short(job: Job) -> Job:
 
 def results(jobs: Sequence[Job], measured: Measured) -> list[str]:
     """Lines of a table: one row per label, mean ± standard deviation over its finished runs."""
-    rows = [
-        [label, *(spread(column(runs, name), decimals) for name, decimals in COLUMNS.values()), str(len(runs))]
-        for label, runs in measured.by_label(jobs).items()
-        if runs
-    ]
+    rows = [[label, *cells(runs, COLUMNS), str(len(runs))] for label, runs in measured.by_label(jobs).items() if runs]
     return table(["", *COLUMNS, "runs"], rows) if rows else NOT_RUN
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from run_grid import ROOT, Job, finished, run, table
+from run_grid import NOT_RUN, ROOT, Job, finished, run, table
 
 from mllm_cl.data.rows import Row, reference_answers
 from mllm_cl.evaluation import get_scorer
@@ -68,7 +68,7 @@ def pilot_rows(folder: Path, changes: dict[str, Any], report_only: bool) -> list
     if not report_only and finished(job, folder) is None:
         print(run(job, folder), flush=True)
     if finished(job, folder) is None:
-        return ["*Not run yet.*"]
+        return NOT_RUN
     scores: dict[str, list[float]] = json.loads(scores_file.read_text()) if scores_file.exists() else {}
     if not report_only:
         _score(folder, job, scores, scores_file)
@@ -141,7 +141,7 @@ def spectra_rows(folder: Path) -> list[str]:
     """Singular values of the updates of each stage: how concentrated they are, and how much consecutive ones overlap."""
     job = pair_job({})
     if finished(job, folder) is None:
-        return ["*Not run yet.*"]
+        return NOT_RUN
     rows, before = [], None
     for stage, task in enumerate(ORDER, start=1):
         updates = task_updates(folder, job, stage)

@@ -79,9 +79,8 @@ def test_one_expert_is_plain_fine_tuning(make_learner, small_stream, train_task)
         for _ in stream:
             train_task(learner, stream)
         results.append(adapter_state(learner.model, DEFAULT))
-    for name, expected in results[
-        0
-    ].items():  # the gate's gradients are 0, but change the order of sums on some processors
+    # the gate's gradients are 0, but change the order of sums on some processors
+    for name, expected in results[0].items():
         torch.testing.assert_close(results[1][name], expected, atol=2e-4, rtol=0)
 
 
