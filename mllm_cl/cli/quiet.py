@@ -16,6 +16,13 @@ KNOWN_NOISE: tuple[tuple[str, type[Warning], str], ...] = (
     (".*broadcast_buffers", FutureWarning, "torch renames an argument that transformers passes on"),
     (".*lr_scheduler.step\\(\\).*before.*optimizer.step\\(\\)", UserWarning, "torch, after a resumed first step"),
 )
+# Loggers that warn of what a user need not do.
+KNOWN_CHATTER: tuple[tuple[str, str], ...] = (
+    (
+        "bitsandbytes.backends.cpu.ops",
+        "at every import on processors with AVX512-BF16: a faster 4-bit kernel is not installed",
+    ),
+)
 
 
 class _ToStderr(logging.Handler):
@@ -43,5 +50,7 @@ def be_quiet(verbose: bool = False, level: int = logging.WARNING) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when transformers is imported
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # they tear ours apart; read when it is imported
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else a warning per loader process
+    for name, _ in KNOWN_CHATTER:
+        logging.getLogger(name).setLevel(logging.ERROR)
     for message, category, _ in KNOWN_NOISE:
         warnings.filterwarnings("ignore", message=message, category=category)

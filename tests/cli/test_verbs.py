@@ -48,6 +48,12 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
+def test_libraries_are_imported_in_silence() -> None:
+    code = "from mllm_cl.cli.quiet import be_quiet; be_quiet(); import peft, bitsandbytes"
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert said.stdout + said.stderr == ""
+
+
 def test_public_names_are_there() -> None:
     import mllm_cl
 
