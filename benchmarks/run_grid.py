@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import multiprocessing
 import os
@@ -100,6 +101,7 @@ def _train(recipe: Path, log: Path) -> None:
     with log.open("wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
+    gc.freeze()  # what was imported is not looked through again
     sys.argv = [str(ROOT / "recipes" / "train.py"), str(recipe)]
     runpy.run_path(sys.argv[0], run_name="__main__")
 

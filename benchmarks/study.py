@@ -7,14 +7,14 @@
     python benchmarks/study.py --output runs/again --measured again.jsonl    # does not read what others have measured
 
 Chapters: `pilot` (SAC variants on the same pair of checkpoints, at equal update norm), `presets` (UIR presets and
-weights), `chain` (SAC variants with UIR in the loop), `rates` (a learning rate for each method), `batches` (rows per step,
-that is more and smaller steps on the same rows), `strengths` (of SAC, with the best of these), `inquiries` (their number
-and weight with the best of these, all rows), `streams` (the default against the other methods on three streams, two orders;
-with the same training for all and with each
-method's own), `pretraining` (the general mixture source by source, from a model that can only describe pictures),
-`together` (with a small replay, with per-task adapters), `spectra` (singular values of the updates).
+weights), `chain` (SAC variants with UIR in the loop), `trainings` (learning rate and rows per step, for each method),
+`strengths` (of SAC, with the best of these), `inquiries` (their number and weight with the best of these, all rows),
+`common` (the default against the other methods on the quickstart stream, one training for all), `streams` (on three
+streams in two orders, each method with its own training), `pretraining` (the general mixture source by source, from a
+model that can only describe pictures), `together` (with a small replay, with per-task adapters), `spectra` (singular
+values of the updates).
 Choices are made on validation splits (`pilot` to `inquiries`), all but the last with half of the quickstart stream's
-training rows; `streams`, `pretraining` and `together` report on test splits, with all of them. The numbers of each finished
+training rows; `common` to `together` report on test splits, with all of them. The numbers of each finished
 run become a line of docs/measured/runs.jsonl; `pilot` and `spectra` are made from the checkpoints of one run.
 """
 
@@ -48,8 +48,10 @@ COLUMNS = {  # name in the measured runs, decimals
     "feature shift": ("feature_shift", 3),
     "one-word answers": ("one_word_share", 1),
 }
+RUN = ("presets", "chain", "trainings", "strengths", "inquiries", "common", "streams", "pretraining", "together")
+CHAPTERS = ("pilot", *RUN, "spectra")
 HALF = {"stream": {"limit": {"train": 320, "validation": 80}}}
-SHORT = {"training": {"num_train_epochs": 1}, "stream": {"limit": {"train": 160, "validation": 40, "test": 40}}}
+SHORT = {"training": {"num_train_epochs": 1}, "stream": {"limit": {"train": 48, "validation": 16, "test": 16}}}
 
 PRESETS: dict[str, list[Any]] = {
     "none": [SATURATE],
@@ -68,15 +70,9 @@ CHAIN: dict[str, list[Any]] = {
         f"UIR + {rate} {strength}": [{SAC: {"rate": rate, "strength": strength}}, UIR]
         for rate, strength in (
             *((rate, 0.9) for rate in ("uniform", "saturate", "power_down", "power_up", "wiener", "overlap")),
-            *((rate, 0.7) for rate in ("uniform", "saturate", "power_up")),
-            ("uniform", 0.8),
-            ("uniform", 1.0),  # a fresh adapter per task, added as it is
+            *(("uniform", strength) for strength in (0.7, 0.8, 1.0)),  # 1.0: a fresh adapter per task, added as it is
         )
     },
-    "UIR + power_down 0.9, gamma 0.25": [
-        {SAC: {"rate": "power_down", "strength": 0.9, "rate_options": {"gamma": 0.25}}},
-        UIR,
-    ],
 }
 METHODS: dict[str, list[Any]] = {
     "finetune": ["finetune"],
@@ -91,17 +87,22 @@ METHODS: dict[str, list[Any]] = {
     "replay 5 %": [{"replay": {"size": 192, "share": 0.25, "policy": "balanced"}}],
 }
 RATE, BATCH = "learning_rate", "per_device_train_batch_size"
-SHOWN = {RATE: "learning rate", BATCH: "batch"}
-RATES = (1e-3, 2e-3, 5e-3, 1e-2)
-BATCHES: tuple[dict[str, float], ...] = ({BATCH: 8}, {BATCH: 4}, {RATE: 3e-3, BATCH: 4}, {RATE: 2e-3, BATCH: 4})
-# a method's best training in the chapters `rates` and `batches`, where it is another than everybody's
-TUNED: dict[str, dict[str, float]] = {
+SHOWN = {RATE: "rate", BATCH: "batch"}
+# what each method is tried with; the third is the training of all other chapters
+TRAININGS: tuple[dict[str, float], ...] = tuple(
+    {RATE: rate, BATCH: batch} for batch, rates in ((16, (1e-3, 2e-3, 5e-3)), (4, (2e-3, 3e-3, 5e-3))) for rate in rates
+)
+# the best of them by the chapter `trainings`: final average; for LLaVA-c among those that keep general ability
+OWN: dict[str, dict[str, float]] = {
     "finetune": {RATE: 2e-3, BATCH: 4},
-    "replay 5 %": {RATE: 2e-3, BATCH: 4},
-    "ModelMix": {RATE: 1e-3},
-    "ewc": {RATE: 2e-3, BATCH: 4},
-    "lwf": {RATE: 2e-3, BATCH: 4},
+    "joint": {RATE: 5e-3, BATCH: 16},
+    "single": {RATE: 2e-3, BATCH: 4},  # is fine-tuning
     "LLaVA-c (SAC + UIR)": {RATE: 3e-3, BATCH: 4},
+    "ModelMix": {RATE: 1e-3, BATCH: 16},
+    "ewc": {RATE: 3e-3, BATCH: 4},
+    "lwf": {RATE: 2e-3, BATCH: 4},
+    "replay 1 %": {RATE: 2e-3, BATCH: 4},
+    "replay 5 %": {RATE: 2e-3, BATCH: 4},
 }
 STRENGTHS: dict[str, list[Any]] = {
     "UIR alone": [UIR],
@@ -164,28 +165,21 @@ def chapters(seeds: Sequence[int]) -> dict[str, list[Job]]:
     """The runs of each chapter that consists of runs."""
     one, given, both = ("quickstart",), ("given",), ("given", "reversed")
     choosing: dict[str, Any] = {"split": "validation", "streams": one, "orders": given, "changes": HALF}
-    several = {label: METHODS[label] for label in METHODS if label != "single"}
-    rates = jobs_of(several, seeds=seeds[:1], **choosing)
-    batches = jobs_of(several, seeds=seeds, **choosing)
-    streams = jobs_of(METHODS, seeds=seeds, split="test", streams=tuple(TASKS), orders=both)
-    own = TUNED["LLaVA-c (SAC + UIR)"]
-    strengths = jobs_of(STRENGTHS, seeds=seeds, **choosing)
+    own = OWN["LLaVA-c (SAC + UIR)"]
+    tried = {label: METHODS[label] for label in OWN if label != "single"}
+    trainings = jobs_of(tried, seeds=seeds[:1], **choosing)
+    strengths = jobs_of(STRENGTHS, seeds=seeds[:2], **choosing)
     inquiries = jobs_of(INQUIRIES, seeds=seeds[:1], split="validation", streams=one, orders=given)
-    asked_more = jobs_of(
-        {"LLaVA-c, ratio 2": MORE_INQUIRIES}, seeds=seeds, split="test", streams=tuple(TASKS), orders=both
-    )
+    against = {label: METHODS[label] for label in OWN}
+    streams = jobs_of(against, seeds=seeds, split="test", streams=tuple(TASKS), orders=both)
     return {
         "presets": jobs_of(PRESETS, seeds=seeds[:1], **choosing),
-        "chain": jobs_of(CHAIN, seeds=seeds, **choosing),
-        "rates": [retrained(job, {RATE: rate}) for job in rates for rate in RATES],
-        "batches": [retrained(job, settings) for job in batches for settings in BATCHES],
+        "chain": jobs_of(CHAIN, seeds=seeds[:2], **choosing),
+        "trainings": [retrained(job, settings) for job in trainings for settings in TRAININGS],
         "strengths": [retrained(job, own) for job in strengths],
         "inquiries": [retrained(job, own) for job in inquiries],
-        "streams": [
-            *streams,
-            *(retrained(job, TUNED[job.label]) for job in streams if job.label in TUNED),
-            *(retrained(job, own) for job in asked_more),
-        ],
+        "common": jobs_of(METHODS, seeds=seeds, split="test", streams=one, orders=given),
+        "streams": [retrained(job, OWN[job.label]) for job in streams],
         "pretraining": pretraining_jobs(seeds),
         "together": jobs_of(TOGETHER, seeds=seeds, split="test", streams=one, orders=given),
     }
@@ -223,24 +217,11 @@ def put(text: str, name: str, lines: Sequence[str]) -> str:
 
 
 def main() -> None:
-    known = (
-        "pilot",
-        "presets",
-        "chain",
-        "rates",
-        "batches",
-        "strengths",
-        "inquiries",
-        "streams",
-        "pretraining",
-        "together",
-        "spectra",
-    )
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/study"))
     parser.add_argument("--measured", type=Path, help=f"numbers of earlier runs; {MEASURED.relative_to(ROOT)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--chapters", nargs="+", choices=known, default=list(known))
+    parser.add_argument("--chapters", nargs="+", choices=CHAPTERS, default=list(CHAPTERS))
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
     parser.add_argument("--reduced", action="store_true", help="one seed, few rows, nothing written to docs/")
     parser.add_argument("--report-only", action="store_true")
@@ -254,10 +235,7 @@ def main() -> None:
     writers: dict[str, Callable[[], list[str]]] = {
         "pilot": lambda: pilot_rows(given.output / "pair", SHORT if given.reduced else {}, given.report_only),
         "spectra": lambda: spectra_rows(given.output / "pair"),
-        **{
-            name: lambda name=name: results(planned[name], measured)
-            for name in ("presets", "chain", "rates", "batches", "strengths", "inquiries", "together")
-        },
+        **{name: lambda name=name: results(planned[name], measured) for name in RUN},
         **{name: lambda name=name: by_setting(planned[name], measured) for name in ("streams", "pretraining")},
     }
     failures: list[str] = []

@@ -31,7 +31,6 @@ def pretraining_jobs(seeds: Sequence[int]) -> list[Job]:
         "ModelMix": [{SAC: {"rate": "uniform", "strength": 0.5}}],
         "replay 5 %": [{"replay": {"size": 240, "share": 0.25, "policy": "balanced"}}],
         "LLaVA-c (SAC + UIR)": [SAC, {UIR: inquiries}],
-        "LLaVA-c, SAC saturate": [{SAC: {"rate": "saturate"}}, {UIR: inquiries}],
     }
     changes = {
         "model": {"name_or_path": "{output}/captioner", "train_bridge": True},
