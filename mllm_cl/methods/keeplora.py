@@ -30,7 +30,8 @@ class KeepLora(Method):
 
     Args:
         base_energy: share of the energy of the base weights whose input directions are protected.
-        energy: share of the energy of each task's gradient that is protected after it.
+        energy: share of the energy of each task's gradient that is protected after it; tasks on the same kind of pictures
+            need more than the paper's 0.99 (docs/methods_table.md).
         samples: training rows of which gradients are taken.
         width: columns of the sketch.
     """
