@@ -173,3 +173,12 @@ def test_every_method_of_the_catalogue_has_a_recipe_that_is_accepted(tmp_path):
     for job in jobs:
         assert build_methods(load_recipe(job.recipe(tmp_path)))
     assert len({job.folder for job in jobs}) == len(jobs)
+
+
+def test_every_chapter_of_the_study_has_a_place_in_its_page():
+    text = study.PAGE.read_text(encoding="utf-8")
+    assert set(study.RUN) == set(study.chapters([0, 1, 2]))
+    for name in study.CHAPTERS:
+        assert f"<!-- chosen -->{name}" in study.put(text, name, [f"<!-- chosen -->{name}"])
+    with pytest.raises(SystemExit, match="no place marked <!-- study:rates -->"):
+        study.put(text, "rates", [])
