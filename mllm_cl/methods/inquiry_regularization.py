@@ -5,7 +5,9 @@ is read.
 Formula: L = CE + weight · mean over inquiry rows of mean over positions of d(θ, reference), d = KL over the reference's
 top-k tokens (`target: logits`) or ‖n(h) − n(h_ref)‖²/D, n(h) = h/rms(h) (`target: hidden_last`).
 Inquiries: general ones are held to the untouched base, those of earlier tasks (question texts only) to the previous
-stage. `rollout` lets the reference write its own first tokens, so that the term sees the answer's onset.
+stage. `rollout` lets the reference write its own first tokens, so that the term sees the answer's onset. Earlier tasks
+share half of the inquiries, each the less the more there are; with `memory_ratio` r' beside `ratio` r each has its own,
+and the mean over all kinds counts weight · (1 + r'/r · earlier tasks), so that no kind counts less than before.
 Stored per task: up to `inquiry_memory` question texts. Cost per step: the inquiry rows are further rows of the batch;
 reference targets are computed once per task and read from disk. Reference: LLaVA-c (arXiv 2506.08666). Fidelity:
 label-free regularization on inquiries as far as the description is public; source, target, distance and weight are our
@@ -42,10 +44,12 @@ _DEFAULTS: dict[str, Any] = {
     "rollout": 0,
     "reference": "base",
     "inquiry_memory": 0,
+    "memory_ratio": 0.0,
 }
 _SELF = {"modality": "image", "target": "logits", "distance": "kl", "rollout": 8}
 PRESETS: dict[str, dict[str, Any]] = {
     "uir_memory": {**_SELF, "weight": 2.0, "ratio": 1.0, "inquiry_memory": 64},
+    "uir_memory_each": {**_SELF, "weight": 2.0, "ratio": 0.5, "inquiry_memory": 64, "memory_ratio": 0.25},
     "uir_self": {**_SELF, "weight": 2.0, "ratio": 1.0},
     "uir_kl": {"target": "logits", "distance": "kl"},
     "uir_feat": {},
@@ -68,7 +72,7 @@ class InquiryRegularization(Method):
     Args:
         preset: named combination of the settings below; a setting given beside it wins.
         weight: λ.
-        ratio: inquiry rows per task row.
+        ratio: inquiry rows per task row; with `memory_ratio` general ones.
         pool: `general` (built in), or a file of your own (see `mllm_cl.data.inquiry`).
         source: general inquiries come from the `pool`, are the current `task`'s questions without their format
             instruction, half of each (`mixed`), or are written by the untouched model (`generated`).
@@ -81,6 +85,8 @@ class InquiryRegularization(Method):
         rollout: tokens that the reference writes greedily; 0 holds the inquiry alone.
         reference: what general inquiries are held to: the untouched `base` or the `previous` stage.
         inquiry_memory: question texts kept of each task; they are held to the previous stage later. 0 keeps none.
+        memory_ratio: rows per task row that ask the questions of one earlier task. 0 asks all earlier tasks' questions in
+            half of the inquiry rows.
         top_k: tokens of the reference's distribution that are kept per position.
         temperature: T of the distributions.
     """
@@ -106,6 +112,7 @@ class InquiryRegularization(Method):
         rollout: Annotated[int, Field(ge=0)] | None = None,
         reference: Literal["base", "previous"] | None = None,
         inquiry_memory: Annotated[int, Field(ge=0)] | None = None,
+        memory_ratio: Annotated[float, Field(ge=0)] | None = None,
         top_k: Annotated[int, Field(ge=1)] = 32,
         temperature: Annotated[float, Field(gt=0)] = 1.0,
     ) -> None:
@@ -121,14 +128,14 @@ class InquiryRegularization(Method):
             )
         given = {"weight": weight, "ratio": ratio, "source": source, "modality": modality, "images": images}
         given |= {"target": target, "positions": positions, "distance": distance, "rollout": rollout}
-        given |= {"reference": reference, "inquiry_memory": inquiry_memory}
+        given |= {"reference": reference, "inquiry_memory": inquiry_memory, "memory_ratio": memory_ratio}
         settings = _DEFAULTS | PRESETS[preset] | {name: value for name, value in given.items() if value is not None}
         settings["positions"] = settings["positions"] or ("answer" if settings["rollout"] else "all")
         _check(settings)
         self.weight, self.ratio, self.pool = settings["weight"], settings["ratio"], pool
         self.source, self.modality, self.images = settings["source"], settings["modality"], settings["images"]
         self.rollout, self.reference = settings["rollout"], settings["reference"]
-        self.memory_size = settings["inquiry_memory"]
+        self.memory_size, self.memory_ratio = settings["inquiry_memory"], settings["memory_ratio"]
         self.probe = Probe(settings["target"], settings["positions"], settings["distance"], top_k, temperature)
         self.memory: dict[str, list[str]] = {}
 
@@ -141,16 +148,19 @@ class InquiryRegularization(Method):
                 fix="set `modality: text` and a pool of text questions.",
             )
         rng = random.Random(ctx.seed())
-        per_epoch, epochs = max(1, round(self.ratio * len(rows))), ctx.epochs.total
-        remembered = per_epoch * epochs // 2 if self.memory else 0
-        general = self._general(ctx, rows, per_epoch * epochs - remembered, rng)
-        held = [self._hold(ctx, general, self.reference)]
+        epochs = ctx.epochs.total
+        general = max(1, round(self.ratio * len(rows))) * epochs
+        remembered = round(self.memory_ratio * len(rows)) * len(self.memory) * epochs
+        if self.memory and not self.memory_ratio:
+            remembered = general // 2
+            general -= remembered
+        held = [self._hold(ctx, self._general(ctx, rows, general, rng), self.reference)]
         if remembered:
             held.append(self._hold(ctx, self._remembered(rows, remembered, rng), "previous"))
         places = [(kind, index) for kind, some in enumerate(held) for index in range(len(some))]
         rng.shuffle(places)
         inquiries = Rows(places, lambda place: held[place[0]][place[1]])
-        ctx.cost["inquiry_rows"] += per_epoch
+        ctx.cost["inquiry_rows"] += len(inquiries) // epochs
         return attach(rows, inquiries, epoch=lambda: ctx.epochs.current, epochs=epochs)
 
     def _hold(self, ctx: Context, inquiries: list[Row], reference: ReferenceKind) -> Rows:
@@ -213,7 +223,8 @@ class InquiryRegularization(Method):
         mask = self.probe.mask(inquiries)
         distance = self.probe.distances(self.probe.states(model, inquiries, mask), inquiries["targets"])
         per_row = torch.stack([own.mean() for own in distance.split(mask.sum(dim=1).tolist())])
-        return {"uir": self.weight * per_row.mean() * batch.share("inquiry")}
+        weight = self.weight * (1 + self.memory_ratio / self.ratio * len(self.memory))  # of all kinds together
+        return {"uir": weight * per_row.mean() * batch.share("inquiry")}
 
     def end_task(self, ctx: Context) -> None:
         if self.memory_size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -142,6 +143,32 @@ def test_general_inquiries_are_held_to_the_base_and_remembered_ones_to_the_previ
             expected = logits[:-1][labels[1:] != -100].log_softmax(dim=-1)
             values, order = inquiry["targets"]["values"], inquiry["targets"]["ids"]
             assert torch.allclose(expected.gather(-1, order), values, atol=1e-4)
+
+
+def test_with_a_memory_ratio_no_kind_of_inquiry_has_less_for_further_tasks(
+    method, begin, small_stream, micro_batch, disturb
+):
+    uir, stream = method("uir_memory_each", ratio=0.5, memory_ratio=0.25, weight=3.0), small_stream(3, rows=8)
+    learner, ctx = begin(stream, uir)
+    for stage, remembered in enumerate((0, 2, 4)):
+        if stage:
+            learner.end_task(ctx)
+            learner, ctx = begin(stream, learner=learner)
+        rows = learner.train_rows(ctx, ctx.task.train)
+        inquiries = inquiries_of(rows)
+        count = Counter(q["id"].split("/")[0] for q in inquiries)
+        assert count == ({"inquiry": 4, "remembered": remembered} if stage else {"inquiry": 4})
+        assert ctx.cost["inquiry_rows"] == 4 + remembered
+        disturb(ctx.model, learner.trained_name(ctx.task), stage)
+
+        def value(some, ctx=ctx, learner=learner):
+            batch = micro_batch({"companions": {"inquiry": Collator(learner.processor)._companion(some)}})
+            return uir.loss_terms(ctx, ctx.model, batch, None)["uir"].item()
+
+        kinds = [[q for q in inquiries if q["id"].startswith(kind)] for kind in count]
+        means = [value(own) / (3.0 * (1 + 0.5 * stage)) for own in kinds]
+        shares = {"inquiry": 1.0, "remembered": 0.5 * stage}
+        assert value(inquiries) == pytest.approx(3.0 * sum(m * shares[k] for m, k in zip(means, count)), rel=1e-4)
 
 
 COMBINATIONS = [
