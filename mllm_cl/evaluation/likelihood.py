@@ -13,7 +13,7 @@ row then share; models that want more than tokens, mask and cache behind it take
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,10 +67,16 @@ class Ranker(Engine):
         """Returns the engine for these rows."""
         return type(cls.__name__, (cls,), {"allowed": candidates(rows)})
 
+    def _routed(self, rows: list[Row], inputs: dict[str, Any]) -> list[str]:
+        """Rows that will pass one by one are routed one by one: what a method keeps of a route is about these rows."""
+        if self.route is None or len(rows) == 1 or self._short(map(self._candidates, rows)):
+            return super()._routed(rows, inputs)
+        return [text for row in rows for text in super(Ranker, self)._routed([row], self.collator([row]))]
+
     @torch.no_grad()
     def reply(self, rows: Sequence[Row], inputs: dict[str, Any]) -> list[str]:
-        tokens = [[self._tokens(row, text) for text in self.allowed[row["id"]]] for row in rows]
-        if all(len(ids) == 1 for own in tokens for ids in own):
+        tokens = list(map(self._candidates, rows))
+        if self._short(tokens):
             inputs = self.on_device(inputs)
             scores = self._logits(inputs, 1)[:, -1].float().log_softmax(-1)  # (rows, vocabulary)
             best = [
@@ -138,6 +144,14 @@ class Ranker(Engine):
 
     def _base(self) -> Any:
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    def _candidates(self, row: Row) -> list[list[int]]:
+        return [self._tokens(row, text) for text in self.allowed[row["id"]]]
+
+    @staticmethod
+    def _short(tokens: Iterable[list[list[int]]]) -> bool:
+        """Whether every candidate is one token."""
+        return all(len(ids) == 1 for own in tokens for ids in own)
 
     def _tokens(self, row: Row, text: str) -> list[int]:
         """The tokens of a candidate where the chat template puts it."""

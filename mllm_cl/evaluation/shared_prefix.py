@@ -134,10 +134,14 @@ class SharedPrefix:
         self.model, self.collator, self.config = model, collator, config
         self.base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.rows = 0  # answered this way
-        self.possible = (
-            _is_greedy(config)
-            and not any(layer._forward_pre_hooks for layer in model.modules())
-            and not any(may_change(hook) for layer in model.modules() for hook in layer._forward_hooks.values())
+
+    @property
+    def possible(self) -> bool:
+        """Asked for every batch: routing its rows may have put hooks into the model."""
+        return (
+            _is_greedy(self.config)
+            and not any(layer._forward_pre_hooks for layer in self.model.modules())
+            and not any(may_change(hook) for layer in self.model.modules() for hook in layer._forward_hooks.values())
         )
 
     def generate(

@@ -14,7 +14,9 @@ from transformers import TrainerCallback
 
 from mllm_cl.data.collate import Collator
 from mllm_cl.data.rows import Rows
-from mllm_cl.evaluation.engine import GenerationSettings, generate
+from mllm_cl.evaluation import shared_prefix
+from mllm_cl.evaluation.engine import GenerationSettings, generate, generate_batches
+from mllm_cl.evaluation.likelihood import Ranker
 from mllm_cl.methods import METHODS, Method, build_method, method_class
 from mllm_cl.methods._experts import Experts
 from mllm_cl.methods._prompts import Prompts
@@ -250,6 +252,37 @@ def test_answers_do_not_depend_on_the_batch(case, story):
             for size in (1, 5, "auto")
         ]
         assert answers[0] == answers[1] == answers[2]
+
+
+@pytest.mark.parametrize("case", [*PER_TASK, *GATED])
+def test_choices_by_likelihood_do_not_depend_on_the_batch(case, story):
+    """Candidates of several tokens pass row by row, whatever rows were routed together."""
+    learner, rows = story.learner, [{**row, "choices": ["a red one", "it is blue"]} for row in mixed_rows(story.stream)]
+    route = learner.router(learner.context(story.stream[1], story.stream, None), None)
+    found: list[dict[int, str]] = []
+    for size in (1, 5):
+        batches = [list(range(len(rows)))[start : start + size] for start in range(0, len(rows), size)]
+        given = (learner.model, learner.processor, rows, batches, GenerationSettings(3, size), route, Ranker.over(rows))
+        found.append({place: text for batch, texts in generate_batches(*given) for place, text in zip(batch, texts)})
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("case", GATED)
+def test_gated_adapters_from_disk_answer_questions_on_one_image(case, story, make_learner, tmp_path, monkeypatch):
+    """The gates come into the model with the first batch that is routed, and such rows share no keys and values."""
+    monkeypatch.setattr(shared_prefix, "_WORTH", 2.0)
+    rows = mixed_rows(story.stream)[:6]
+    for row in rows:
+        row["images"][0].save(tmp_path / f"{row['images'][0].getpixel((0, 0))}.png")
+    rows = [{**row, "images": [str(tmp_path / f"{row['images'][0].getpixel((0, 0))}.png")]} for row in rows]
+    assert len({row["images"][0] for row in rows}) == 2
+    methods, settings = CASES[case]
+    learner = make_learner(*methods(), **settings)
+    learner.load_stage(story.folder / "2" / "adapter", story.folder / "2" / "method", 2)
+    route = learner.router(learner.context(story.stream[1], story.stream, None), None)
+    given = (learner.model, learner.processor)
+    answers = generate(*given, rows, GenerationSettings(3, 6), route)
+    assert answers == [generate(*given, [row], GenerationSettings(3, 1), route)[0] for row in rows]
 
 
 def test_saved_adapters_load_in_plain_peft(case, story, fresh):
