@@ -120,6 +120,11 @@ INQUIRIES: dict[str, list[Any]] = {  # at LLaVA-c's best training
     "LLaVA-c all rows, strength 1.0, weight 3": [{SAC: {"strength": 1.0}}, {UIR: {"weight": 3.0}}],
     "LLaVA-c all rows, for each task": [SAC, {UIR: {"preset": EACH}}],
     "LLaVA-c all rows, for each task, weight 1": [SAC, {UIR: {"preset": EACH, "weight": 1.0}}],
+    "LLaVA-c all rows, for each task, strength 1.0": [{SAC: {"strength": 1.0}}, {UIR: {"preset": EACH}}],
+    "LLaVA-c all rows, for each task, memory ratio 0.5, strength 1.0": [
+        {SAC: {"strength": 1.0}},
+        {UIR: {"preset": EACH, "memory_ratio": 0.5}},
+    ],
 }
 TOGETHER: dict[str, list[Any]] = {
     "LLaVA-c (SAC + UIR)": [SAC, UIR],
@@ -173,7 +178,7 @@ def chapters(seeds: Sequence[int]) -> dict[str, list[Job]]:
     tried = {label: METHODS[label] for label in OWN if label not in ("single", "LLaVA-c, inquiries for each task")}
     trainings = jobs_of(tried, seeds=seeds[:1], **choosing)
     strengths = jobs_of(STRENGTHS, seeds=seeds[:2], **choosing)
-    inquiries = jobs_of(INQUIRIES, seeds=seeds[:1], split="validation", streams=one, orders=both)
+    inquiries = jobs_of(INQUIRIES, seeds=seeds[:1], split="validation", streams=tuple(TASKS), orders=both)
     against = {label: METHODS[label] for label in OWN}
     streams = jobs_of(against, seeds=seeds, split="test", streams=tuple(TASKS), orders=both)
     return {
