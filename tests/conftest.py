@@ -109,9 +109,10 @@ def make_learner(fresh: Callable[[], Loaded]) -> Callable[..., Any]:
 
     from mllm_cl.training.learner import Learner
 
-    def make(*methods: Any, rank: int = 4, **settings: Any) -> Any:
+    def make(*methods: Any, rank: int = 4, dropout: float = 0.0, **settings: Any) -> Any:
         model, processor = fresh()
-        return Learner(model, processor, methods, LoraConfig(r=rank, lora_alpha=2 * rank), **settings)
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=dropout)
+        return Learner(model, processor, methods, lora, **settings)
 
     return make
 

@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 from mllm_cl.data.inquiry import ask, question_of
 from mllm_cl.methods._layers import decoder_blocks
 from mllm_cl.methods._routing import gates
-from mllm_cl.methods.base import Context, RouteBatch
+from mllm_cl.methods.base import Context, MethodState, RouteBatch
 from mllm_cl.methods.task_adapters import Samples, TaskAdapters
 from mllm_cl.models.adapters import (
     adapter_deltas,
@@ -74,6 +74,10 @@ class HiDe(TaskAdapters):
 
     def begin_task(self, ctx: Context) -> None:
         self._remove(ctx)
+
+    def load_state_dict(self, state: MethodState) -> None:
+        super().load_state_dict(state)
+        self._built = ()  # of the adapters that were there before
 
     def route(self, ctx: Context, batch: RouteBatch) -> list[dict[str, float]] | None:
         if not self.tasks:

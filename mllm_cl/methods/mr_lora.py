@@ -38,6 +38,7 @@ from mllm_cl.models.adapters import (
     add_adapter,
     load_adapter_state,
     remove_adapter,
+    seeded,
     set_trainable,
     task_adapter,
 )
@@ -95,11 +96,13 @@ class MRLoRA(Method):
             answered(routing_question(row, self.options), LETTERS[self.tasks.index(task)])
             for row, (task, _) in zip(rows, self.memory)
         ]
-        self._place(ctx.model, ctx.seed())
+        seed = ctx.seed()
+        self._place(ctx.model, seed)
         optimizer = torch.optim.AdamW(set_trainable(ctx.model, [ROUTER]), lr=self.learning_rate, weight_decay=0.0)
         was_training = ctx.model.training
         ctx.model.train()
-        with active(ctx.model, [ROUTER]):
+        # dropout draws from the global generator, of which the processes may have used unlike parts by now
+        with active(ctx.model, [ROUTER]), seeded(ctx.model, seed):
             for _ in range(self.epochs):
                 order = torch.randperm(len(lesson), generator=ctx.rng).tolist()
                 for start in range(0, len(order), self.batch):

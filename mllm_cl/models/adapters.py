@@ -65,7 +65,7 @@ def add_adapter(model: PreTrainedModel | PeftModel, name: str, config: LoraConfi
     """
     config = copy.deepcopy(config)
     trained = [p for p in model.parameters() if p.requires_grad] if isinstance(model, PeftModel) else []
-    with _seeded(model, seed), warnings.catch_warnings():
+    with seeded(model, seed), warnings.catch_warnings():
         # PEFT still reads the old name of an attribute that transformers has renamed
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
         if isinstance(model, PeftModel):
@@ -82,7 +82,7 @@ def add_adapter(model: PreTrainedModel | PeftModel, name: str, config: LoraConfi
 
 
 @contextlib.contextmanager
-def _seeded(model: nn.Module, seed: int) -> Iterator[None]:
+def seeded(model: nn.Module, seed: int) -> Iterator[None]:
     """Within the context random numbers depend on `seed` alone; the global generators are left as they were."""
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
@@ -294,7 +294,7 @@ def load_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str) ->
 def reset_adapter(model: PeftModel, name: str, seed: int) -> None:
     """Gives an adapter its initial weights again (zero update), in place, from `seed` alone."""
     config = model.peft_config[name]
-    with _seeded(model, seed):
+    with seeded(model, seed):
         for _, layer in lora_layers(model):
             layer.reset_lora_parameters(name, config.init_lora_weights)  # type: ignore[union-attr]
 

@@ -177,6 +177,19 @@ def test_the_model_is_taught_to_say_which_task_a_question_is(begin, small_stream
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+def test_every_process_trains_the_same_router(begin, small_stream):
+    """Dropout draws from global numbers, which processes with other rows have gone through to other places."""
+    stream, routers = small_stream(2, rows=4), []
+    for process in (0, 1):
+        method, learner = MRLoRA(shots=2, epochs=2, learning_rate=0.02), None
+        for _ in stream:
+            learner, ctx = begin(stream, method, learner=learner, dropout=0.5)
+            torch.manual_seed(process)
+            learner.end_task(ctx)
+        routers.append(method.router)
+    assert all(torch.equal(routers[1][name], tensor) for name, tensor in routers[0].items())
+
+
 def test_disco_mixes_by_the_softmax_of_the_cosines(two_tasks):
     method = Disco(temperature=0.5)
     learner, stream, _ = two_tasks(method, ([[1.0, 0.0]] * 4, [[0.0, 2.0]] * 4))
@@ -214,6 +227,22 @@ def test_hide_adds_up_all_blocks_but_the_last(two_tasks):
             assert torch.allclose(top[module].dense(), own, atol=1e-5)
     method.begin_task(learner.context(stream[1], stream, None))
     assert not any(name == FUSED or name.startswith(TOP) for name in adapter_names(learner.model))
+
+
+def test_hide_sums_the_adapters_that_were_loaded_last(two_tasks, disturb, tmp_path):
+    method = HiDe(samples=2)
+    learner, stream, _ = two_tasks(method, ([[1.0, 0.0]] * 4, [[0.0, 1.0]] * 4))
+    learner.save_adapters(tmp_path / "adapter")
+    learner.save_states(tmp_path / "method")
+    routed(method, learner, stream, [[1.0, 0.0]])
+    expected = adapter_state(learner.model, FUSED)
+    for name in (FIRST, SECOND):
+        disturb(learner.model, name)
+    learner.load_stage(tmp_path / "adapter", tmp_path / "method", 2)
+    disturb(learner.model, FUSED)  # as it would be of the adapters from before
+    routed(method, learner, stream, [[1.0, 0.0]])
+    found = adapter_state(learner.model, FUSED)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_hide_as_released_sums_the_factors(two_tasks):
