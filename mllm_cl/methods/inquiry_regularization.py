@@ -27,37 +27,12 @@ from torch import Tensor, nn
 
 from mllm_cl.data.inquiry import BUILT_IN, ask, attach, question_of, questions_of, read_pool, without_format
 from mllm_cl.data.rows import Row, Rows
-from mllm_cl.errors import MethodError, suggest
+from mllm_cl.errors import MethodError
 from mllm_cl.methods._held import held_inquiries, reference_targets
-from mllm_cl.methods._probe import DISTANCES, Distance, Positions, Probe, Target
+from mllm_cl.methods._inquiries import inquiry_settings
+from mllm_cl.methods._probe import Distance, Positions, Probe, Target
 from mllm_cl.methods.base import EVERY_LAUNCHER, Context, Method, MethodState, ReferenceKind, TrainBatch
 
-_DEFAULTS: dict[str, Any] = {
-    "weight": 1.0,
-    "ratio": 0.25,
-    "source": "pool",
-    "modality": "text",
-    "images": "both",
-    "target": "hidden_last",
-    "positions": None,
-    "distance": "l2",
-    "rollout": 0,
-    "reference": "base",
-    "inquiry_memory": 0,
-    "memory_ratio": 0.0,
-}
-_SELF = {"modality": "image", "target": "logits", "distance": "kl", "rollout": 8}
-PRESETS: dict[str, dict[str, Any]] = {
-    "uir_memory": {**_SELF, "weight": 2.0, "ratio": 1.0, "inquiry_memory": 64},
-    "uir_memory_each": {**_SELF, "weight": 2.0, "ratio": 0.5, "inquiry_memory": 64, "memory_ratio": 0.25},
-    "uir_self": {**_SELF, "weight": 2.0, "ratio": 1.0},
-    "uir_kl": {"target": "logits", "distance": "kl"},
-    "uir_feat": {},
-    "uir_cos": {"distance": "cosine"},
-    "uir_image": {"modality": "image", "positions": "last"},
-    "uir_task": {"source": "task"},
-    "uir_prev": {"reference": "previous"},
-}
 _REQUESTS = (
     "Ask a question about this picture.",
     "What would you like to know about this picture?",
@@ -116,10 +91,6 @@ class InquiryRegularization(Method):
         top_k: Annotated[int, Field(ge=1)] = 32,
         temperature: Annotated[float, Field(gt=0)] = 1.0,
     ) -> None:
-        if preset not in PRESETS:
-            raise MethodError(
-                f"inquiry_regularization.preset: {preset!r} does not exist.", expected=suggest(preset, PRESETS)
-            )
         if pool != BUILT_IN and not Path(pool).exists():
             raise MethodError(
                 f"inquiry_regularization.pool: there is no {pool!r}.",
@@ -129,9 +100,7 @@ class InquiryRegularization(Method):
         given = {"weight": weight, "ratio": ratio, "source": source, "modality": modality, "images": images}
         given |= {"target": target, "positions": positions, "distance": distance, "rollout": rollout}
         given |= {"reference": reference, "inquiry_memory": inquiry_memory, "memory_ratio": memory_ratio}
-        settings = _DEFAULTS | PRESETS[preset] | {name: value for name, value in given.items() if value is not None}
-        settings["positions"] = settings["positions"] or ("answer" if settings["rollout"] else "all")
-        _check(settings)
+        settings = inquiry_settings(preset, given)
         self.weight, self.ratio, self.pool = settings["weight"], settings["ratio"], pool
         self.source, self.modality, self.images = settings["source"], settings["modality"], settings["images"]
         self.rollout, self.reference = settings["rollout"], settings["reference"]
@@ -242,17 +211,3 @@ def _of_task(rows: Sequence[Row], count: int, rng: random.Random) -> list[Row]:
     chosen = [rows[rng.randrange(len(rows))] for _ in range(count)]
     texts = without_format([question_of(row) for row in chosen])
     return [ask(text, row["images"], f"task/{index}") for index, (text, row) in enumerate(zip(texts, chosen))]
-
-
-def _check(settings: dict[str, Any]) -> None:
-    if settings["distance"] not in DISTANCES[settings["target"]]:
-        raise MethodError(
-            f"inquiry_regularization: distance {settings['distance']!r} does not fit target {settings['target']!r}.",
-            expected=" or ".join(DISTANCES[settings["target"]]),
-            fix="set both `target` and `distance`.",
-        )
-    if settings["positions"] == "answer" and not settings["rollout"]:
-        raise MethodError(
-            "inquiry_regularization.positions: 'answer' needs an answer, and `rollout` is 0.",
-            expected="`rollout` above 0, or positions 'last' or 'all'",
-        )

@@ -19,11 +19,12 @@ from mllm_cl.evaluation.engine import GenerationSettings, generate, generate_bat
 from mllm_cl.evaluation.likelihood import Ranker
 from mllm_cl.methods import METHODS, Method, build_method, method_class
 from mllm_cl.methods._experts import Experts
+from mllm_cl.methods._inquiries import PRESETS
 from mllm_cl.methods._prompts import Prompts
 from mllm_cl.methods.base import overrides
 from mllm_cl.methods.ewc import EWC
 from mllm_cl.methods.finetune import Finetune
-from mllm_cl.methods.inquiry_regularization import PRESETS, InquiryRegularization
+from mllm_cl.methods.inquiry_regularization import InquiryRegularization
 from mllm_cl.methods.joint import Joint
 from mllm_cl.methods.lwf import LwF
 from mllm_cl.methods.replay import Replay

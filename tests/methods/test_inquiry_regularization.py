@@ -14,8 +14,9 @@ from mllm_cl.data.collate import COMPANIONS, Collator
 from mllm_cl.data.inquiry import question_of
 from mllm_cl.data.rows import Rows, user_message
 from mllm_cl.errors import MethodError
+from mllm_cl.methods._inquiries import PRESETS
 from mllm_cl.methods._probe import DISTANCES, Probe
-from mllm_cl.methods.inquiry_regularization import _REQUESTS, PRESETS, InquiryRegularization
+from mllm_cl.methods.inquiry_regularization import _REQUESTS, InquiryRegularization
 from mllm_cl.models import adapters
 from mllm_cl.streams import Stream, Task
 
