@@ -8,7 +8,7 @@ prototype is nearest to the row. After a task θ_e ← λ_e θ_e(before) + (1 �
 is among the `important` of the new task and of no earlier one, else γ; important are those most often among a token's top
 two.
 Stored once: one adapter of rank r and a router per layer; per task: G (E numbers per layer) and a prototype. Cost per step:
-1×; per task: two forward passes over `samples` rows; inference: one embedding pass.
+1×; per task: two forward passes and an embedding pass over `samples` rows; inference: one embedding pass.
 Reference: Huai et al. 2025, CL-MoE (CVPR, arXiv 2503.00413; ECNU-ICALK/CL-MoE). Fidelity: the released merge script tests
 for names that PEFT's tensors do not have, so that it merges nothing, gives the two coefficients the other way round, and
 lacks the task router at test time; this is the paper's description, with γ for experts that neither side relies on (ours).

@@ -2,8 +2,8 @@
 
 Idea: the question tells which task it is; where it does not, a mixture of the nearest tasks' adapters is a fair answer.
 Formula: ΔW(x) = Σ_t α_t(x) ΔW_t, α = softmax(cos(φ(x), μ_t) / temperature), φ an embedding of the question alone.
-Stored per task: one adapter and one prototype. Cost per step: 1×; inference: one embedding pass, and rows with different
-gates are generated one by one.
+Stored per task: one adapter and one prototype. Cost per step: 1×; per task: one embedding pass over `samples` rows;
+inference: one over the rows, and rows with different gates are generated one by one.
 Reference: DISCO, the centralised form (ICCV 2025; Ghy0501/FCIT). Fidelity: all layers are gated, as in the paper; φ comes
 from the untouched base instead of CLIP's text encoder. The released code averages the gates over the batch; here they are
 per sample.

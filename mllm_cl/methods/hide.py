@@ -4,8 +4,8 @@ Idea: adapters of different tasks resemble each other in all blocks but the last
 choose in the last block only.
 Formula: ΔW = Σ_t ΔW_t in all blocks but the last; ΔW(x) = Σ_t w_t(x) ΔW_t in the last, w = softmax(s_t / temperature), s_t
 the mean of the cosines of the whole inquiry and of its question alone with the task's prototypes.
-Stored per task: one adapter and one prototype. Cost per step: 1×; inference: two embedding passes, and rows with different
-gates are generated one by one.
+Stored per task: one adapter and one prototype. Cost per step: 1×; per task: two embedding passes over `samples` rows;
+inference: two over the rows, and rows with different gates are generated one by one.
 Reference: Guo et al. 2025, HiDe-LLaVA (ACL 2025). Fidelity: updates are summed exactly; with `variant: released` the factors
 are, s (Σ B)(Σ A), which adds cross terms between tasks, as the released code does. Embeddings come from the untouched base
 instead of CLIP; gates are per sample, prototypes float32. What is not in a decoder block (vision, bridge) is fused.

@@ -4,8 +4,8 @@ Idea: similar rows share prompts, different ones do not meet, and no task has to
 Formula: q(x) the row's query, k_m the key of prompt m; S(x) = the `top` prompts with the largest cos(q(x), k_m); input
 [P_s for s in S(x); x]; L = ℓ − strength · Σ_{s ∈ S(x)} cos(q(x), k_s). Prompts and keys are trained in every task; a row's choice
 is its own, whatever else is in its batch.
-Stored once: pool × (length + 1) × hidden float32; nothing per task. Cost per step: 1.33×, for the query is a forward pass of
-the base, and top × length tokens more in every sequence; inference the same.
+Stored once: pool × (length + 1) × hidden float32; nothing per task. Cost per step: 1.5×, for the query is a forward pass of
+the base, and top × length tokens more in every sequence; inference: the same pass and tokens.
 Reference: Wang et al. 2022 (CVPR, arXiv 2112.08654; google-research/l2p), and its use on language models in TRACE (arXiv
 2310.06762). Fidelity: as in the paper; the query is the mean last hidden state of the untouched base over the inquiry
 instead of a class token. The released code may choose one set for a whole batch, which makes answers depend on it: not here.

@@ -5,7 +5,7 @@ Formula: L = CE + strength · T² · mean over target positions of KL(p_{t−1}^
 With `top_k`, p_{t−1} is kept for its k most likely tokens only and all others are one further outcome (a lower bound of
 the divergence). Either way the divergence is taken a few positions at a time and no further (N, V) tensor is kept.
 Stored per task: nothing (the previous stage is the frozen consolidated adapter, or one frozen copy of the adapter).
-Cost per step: one further forward pass without gradients, about 1.33×; nothing at the first task.
+Cost per step: one further forward pass without gradients, about 1.5× (of a full fine-tuning 1.33×); nothing at the first task.
 Reference: Li and Hoiem 2016 (arXiv 1606.09282). Fidelity: the token distributions at the target positions take the place of
 the old tasks' heads, and there is no warm-up of a new head. TRACE's released LwF passes teacher and student the wrong way
 round and caches teacher logits by step number although rows are shuffled; here both come from the same batch.

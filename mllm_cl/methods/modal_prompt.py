@@ -6,7 +6,7 @@ Formula: e_t (length, hidden) the prompt of task t, p_t = mean over its tokens o
 g_i(x) = ½ cos(c_image(x), p_i) + ½ cos(c_text(x), p_i), the text's alone where there is no image. Training: input [prompts of the
 `past` earlier tasks with the largest guide; e_t; x], L = ℓ + strength · ((1 − cos(c_image, p_t)) + (1 − cos(c_text, p_t))), and
 only e_t and f_t are trained. Inference: the prompts of the `top` tasks with the largest guide, the best next to the text.
-Stored per task: (length + 1) × hidden float32, as f_t is needed in its own task only. Cost per step: 1.33×, for the features are
+Stored per task: (length + 1) × hidden float32, as f_t is needed in its own task only. Cost per step: 1.5×, for the features are
 a forward pass of the base, and up to (past + 1) × length tokens more; inference the same with top × length.
 Reference: ModalPrompt, Zeng et al. (EMNLP 2025, arXiv 2410.05849; AuroraZengfh/ModalPrompt). Written from a description of
 its equations.

@@ -5,7 +5,7 @@ touches.
 Formula: h = W x + ΔW_shared x + ΔW_t x. Both branches learn the first task; later the shared one moves `slowness` times
 as far per step as the optimizer wants (0: frozen). After a task its adapter becomes ΔW_shared + ΔW_t, of rank 2 r.
 Stored per task: one adapter of twice the rank and a prototype; once the shared branch. Cost per step: 1×, a second adapter in
-the forward pass; inference as `task_adapters`.
+the forward pass; per task and in inference as `task_adapters`.
 Reference: the dual-branch block (DBME) of MMTL-UniAD (CVPR 2025), carried over from multi-task to continual learning.
 Fidelity: the idea of two branches only; LoRA, the slow branch and its place in a stream are ours.
 Folding the shared branch into each task's adapter keeps past tasks exactly as they were and loads in plain PEFT.

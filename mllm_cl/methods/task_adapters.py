@@ -11,7 +11,7 @@ A sample that is further from its task's prototype than `reject` standard deviat
 untouched base.
 Stored per task: one adapter, one prototype (2 × hidden, float32) and two numbers; ridge: G, generative: S, (2 × hidden)²
 float32, once.
-Cost per step: 1×; inference: one embedding pass.
+Cost per step: 1×; per task: one embedding pass over `samples` rows (oracle: none); inference: one over the rows.
 Reference: the prototype routing of HiDe-LLaVA (ACL 2025) and DISCO (ICCV 2025), whose released code averages gates over
 the batch or keeps prototype sums in bfloat16. Ridge: CF-Router, Li et al. (ICLR 2026 workshop, OpenReview 7tWtYHTIDD);
 Any-SSR, Tong et al. 2025 (arXiv 2503.13575). Generative: Deep SLDA, Hayes and Kanan (CVPR workshops 2020).

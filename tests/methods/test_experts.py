@@ -252,6 +252,28 @@ def test_clmoe_mixes_the_gates_of_token_and_task(learning, begin, disturb):
         np.testing.assert_allclose(found[row], x[row] @ base.T + scaling * states @ lora_b.T, atol=1e-5)
 
 
+def test_clmoe_takes_the_gates_of_the_task_before_it_is_learnt(learning):
+    """Of the first layer, whose inputs no adapter changes: the mean of its router's gates over all tokens of the rows."""
+    method = CLMoE(experts=2, balance=0.25, samples=3)
+    _, ctx, _ = learning(method)
+    module, layer = next(iter(lora_layers(ctx.model)))
+    router = method.parameters(ctx)[module].detach().double().numpy()
+    seen = []
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0][0].double().numpy()))
+    with torch.no_grad():
+        for batch in ctx.calibration(3, 1):
+            ctx.model(**batch)
+        handle.remove()
+        of_task = softmax(np.concatenate(seen) @ router.T).mean(axis=0)
+        inputs = tokens(layer)
+        found = layer(inputs).numpy()
+    lora_a, lora_b = (factor.weight.detach().double().numpy() for factor in factors(layer, DEFAULT))
+    x, base = inputs.double().numpy(), layer.get_base_layer().weight.detach().double().numpy()
+    gates = 0.25 * softmax(x @ router.T) + 0.75 * of_task
+    states = (x @ lora_a.T) * gates.repeat(2, axis=-1)
+    np.testing.assert_allclose(found, x @ base.T + layer.scaling[DEFAULT] * states @ lora_b.T, atol=1e-5)
+
+
 def test_top_probability_keeps_its_gradient():
     scores = torch.tensor([[2.0, 1.0, 0.0]], requires_grad=True)
     gates = top_probability(scores)
