@@ -23,7 +23,8 @@ from typing import Any
 from measured import MEASURED, Measured, Numbers, cells, column
 from methods_plot import Point, write_pareto
 from run_grid import NOT_RUN, ROOT, Job, table
-from study import SAC, UIR
+from study import LLAVA_C
+from study import METHODS as STUDIED
 from study import TASKS as STREAMS
 
 from mllm_cl.methods import METHODS as CATALOGUE
@@ -32,7 +33,7 @@ PAGE = ROOT / "docs" / "methods_table.md"
 FIGURE = ROOT / "docs" / "figures" / "methods_pareto.png"
 READING = ("<!-- reading -->", "<!-- /reading -->")
 METHODS: dict[str, list[Any]] = {
-    "LLaVA-c (SAC + UIR)": [SAC, UIR],
+    LLAVA_C: STUDIED[LLAVA_C],
     **{name: [name] for name in CATALOGUE},
 }
 ORDERS = ("given", "reversed")

@@ -15,14 +15,15 @@ from typing import Any
 
 from measured import MEASURED, Measured, cells
 from run_grid import ROOT, TRAINING, Job, spread, table
-from study import TASKS
+from study import LLAVA_C, OLD, SAC, SATURATE, SHARED, TASKS
+from study import METHODS as STUDIED
 
 METHODS: dict[str, list[Any]] = {
     "finetune": ["finetune"],
     "joint": ["joint"],
-    "LLaVA-c (SAC + UIR)": ["spectral_consolidation", "inquiry_regularization"],
-    "SAC with saturate + UIR": [{"spectral_consolidation": {"rate": "saturate"}}, "inquiry_regularization"],
-    "SAC with power_up + UIR": [{"spectral_consolidation": {"rate": "power_up"}}, "inquiry_regularization"],
+    **{label: STUDIED[label] for label in (LLAVA_C, OLD)},
+    f"{OLD}, SAC saturate": [SATURATE, SHARED],
+    f"{OLD}, SAC power_up": [{SAC: {"rate": "power_up"}}, SHARED],
     "replay": [{"replay": {"size": 192, "share": 0.25, "policy": "balanced"}}],
     "ModelMix": [{"spectral_consolidation": {"rate": "uniform", "strength": 0.5}}],
     "single": ["single"],

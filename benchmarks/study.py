@@ -34,8 +34,12 @@ from study_pretraining import make_captioner, pretraining_jobs
 
 PAGE = ROOT / "docs" / "llava_c.md"
 SAC, UIR = "spectral_consolidation", "inquiry_regularization"
-EACH = "uir_memory_each"  # the preset in which every earlier task has inquiries of its own
-SATURATE = {SAC: {"rate": "saturate"}}  # the default until the chain had been run
+# the defaults until the chapter `inquiries` had been run: half of the inquiries for all earlier tasks together
+HALF_SHARED: dict[str, Any] = {"memory_ratio": 0.0}
+SHARED, SAC_1 = {UIR: HALF_SHARED}, {SAC: {"strength": 1.0}}
+SATURATE = {SAC: {"rate": "saturate"}}  # SAC's until the chain had been run
+QUARTER: dict[str, Any] = {"ratio": 0.5, "memory_ratio": 0.25}
+LLAVA_C, OLD = "LLaVA-c (SAC + UIR)", "LLaVA-c, shared inquiries"
 TASKS = {
     "quickstart": ("digit-parity", "face-check", "compass", "surface-options", "coin-count", "ink-list"),
     "study-letters": ("letter-case", "vowel-check", "letter-count", "letter-side"),
@@ -60,15 +64,16 @@ PRESETS: dict[str, list[Any]] = {
         preset: [SATURATE, {UIR: {"preset": preset}}]
         for preset in ("uir_feat", "uir_cos", "uir_kl", "uir_self", "uir_image", "uir_task", "uir_prev", "uir_memory")
     },
-    "uir_memory, weight 1": [SATURATE, {UIR: {"weight": 1.0}}],
-    "uir_memory, weight 4": [SATURATE, {UIR: {"weight": 4.0}}],
-    "uir_memory, ratio 0.5": [SATURATE, {UIR: {"ratio": 0.5}}],
-    "uir_memory, ratio 2": [SATURATE, {UIR: {"ratio": 2.0}}],
+    "uir_memory, shared inquiries": [SATURATE, SHARED],
+    "uir_memory, shared, weight 1": [SATURATE, {UIR: HALF_SHARED | {"weight": 1.0}}],
+    "uir_memory, shared, weight 4": [SATURATE, {UIR: HALF_SHARED | {"weight": 4.0}}],
+    "uir_memory, shared, ratio 0.5": [SATURATE, {UIR: HALF_SHARED | {"ratio": 0.5}}],
+    "uir_memory, shared, ratio 2": [SATURATE, {UIR: HALF_SHARED | {"ratio": 2.0}}],
 }
 CHAIN: dict[str, list[Any]] = {
-    "UIR alone": [UIR],
+    "UIR alone": [SHARED],
     **{
-        f"UIR + {rate} {strength}": [{SAC: {"rate": rate, "strength": strength}}, UIR]
+        f"UIR + {rate} {strength}": [{SAC: {"rate": rate, "strength": strength}}, SHARED]
         for rate, strength in (
             *((rate, 0.9) for rate in ("uniform", "saturate", "power_down", "power_up", "wiener", "overlap")),
             *(("uniform", strength) for strength in (0.7, 0.8, 1.0)),  # 1.0: a fresh adapter per task, added as it is
@@ -79,9 +84,9 @@ METHODS: dict[str, list[Any]] = {
     "finetune": ["finetune"],
     "joint": ["joint"],
     "single": ["single"],
-    "LLaVA-c (SAC + UIR)": [SAC, UIR],
-    "LLaVA-c, inquiries for each task": [SAC, {UIR: {"preset": EACH}}],
-    "LLaVA-c, SAC saturate": [SATURATE, UIR],
+    LLAVA_C: [SAC_1, UIR],
+    OLD: [SAC, SHARED],
+    "LLaVA-c, shared inquiries, SAC saturate": [SATURATE, SHARED],
     "ModelMix": [{SAC: {"rate": "uniform", "strength": 0.5}}],
     "ewc": ["ewc"],
     "lwf": ["lwf"],
@@ -99,8 +104,8 @@ OWN: dict[str, dict[str, float]] = {
     "finetune": {RATE: 2e-3, BATCH: 4},
     "joint": {RATE: 5e-3, BATCH: 16},
     "single": {RATE: 2e-3, BATCH: 4},  # is fine-tuning
-    "LLaVA-c (SAC + UIR)": {RATE: 3e-3, BATCH: 4},
-    "LLaVA-c, inquiries for each task": {RATE: 3e-3, BATCH: 4},
+    LLAVA_C: {RATE: 3e-3, BATCH: 4},  # as chosen with shared inquiries
+    OLD: {RATE: 3e-3, BATCH: 4},
     "ModelMix": {RATE: 1e-3, BATCH: 16},
     "ewc": {RATE: 3e-3, BATCH: 4},
     "lwf": {RATE: 2e-3, BATCH: 4},
@@ -108,27 +113,27 @@ OWN: dict[str, dict[str, float]] = {
     "replay 5 %": {RATE: 2e-3, BATCH: 4},
 }
 STRENGTHS: dict[str, list[Any]] = {
-    "UIR alone": [UIR],
-    "UIR + uniform 0.9 (default)": [SAC, UIR],
-    **{f"UIR + uniform {k}": [{SAC: {"rate": "uniform", "strength": k}}, UIR] for k in (0.95, 1.0)},
+    "UIR alone": [SHARED],
+    "UIR + uniform 0.9": [SAC, SHARED],
+    **{f"UIR + uniform {k}": [{SAC: {"rate": "uniform", "strength": k}}, SHARED] for k in (0.95, 1.0)},
 }
-INQUIRIES: dict[str, list[Any]] = {  # at LLaVA-c's best training
-    "LLaVA-c all rows": [SAC, UIR],
-    "LLaVA-c all rows, weight 3": [SAC, {UIR: {"weight": 3.0}}],
-    "LLaVA-c all rows, ratio 2": [SAC, {UIR: {"ratio": 2.0}}],
-    "LLaVA-c all rows, strength 1.0": [{SAC: {"strength": 1.0}}, UIR],
-    "LLaVA-c all rows, strength 1.0, weight 3": [{SAC: {"strength": 1.0}}, {UIR: {"weight": 3.0}}],
-    "LLaVA-c all rows, for each task": [SAC, {UIR: {"preset": EACH}}],
-    "LLaVA-c all rows, for each task, weight 1": [SAC, {UIR: {"preset": EACH, "weight": 1.0}}],
-    "LLaVA-c all rows, for each task, strength 1.0": [{SAC: {"strength": 1.0}}, {UIR: {"preset": EACH}}],
-    "LLaVA-c all rows, for each task, memory ratio 0.5, strength 1.0": [
-        {SAC: {"strength": 1.0}},
-        {UIR: {"preset": EACH, "memory_ratio": 0.5}},
-    ],
+INQUIRIES: dict[str, list[Any]] = {  # at LLaVA-c's best training, all rows
+    "shared": [SAC, SHARED],
+    "shared, weight 3": [SAC, {UIR: HALF_SHARED | {"weight": 3.0}}],
+    "shared, ratio 2": [SAC, {UIR: HALF_SHARED | {"ratio": 2.0}}],
+    "shared, SAC 1.0": [SAC_1, SHARED],
+    "shared, SAC 1.0, weight 3": [SAC_1, {UIR: HALF_SHARED | {"weight": 3.0}}],
+    "a quarter for each task": [SAC, {UIR: QUARTER}],
+    "a quarter for each task, weight 1": [SAC, {UIR: QUARTER | {"weight": 1.0}}],
+    "a quarter for each task, SAC 1.0": [SAC_1, {UIR: QUARTER}],
+    "half for each task, SAC power_up 1.0": [{SAC: {"rate": "power_up", "strength": 1.0}}, {UIR: {"ratio": 0.5}}],
+    "half for each task, SAC 0.95": [{SAC: {"strength": 0.95}}, {UIR: {"ratio": 0.5}}],
+    "half for each task, SAC 1.0": [SAC_1, {UIR: {"ratio": 0.5}}],
+    "half for each task, one general, SAC 1.0": METHODS[LLAVA_C],
 }
 TOGETHER: dict[str, list[Any]] = {
-    "LLaVA-c (SAC + UIR)": [SAC, UIR],
-    "LLaVA-c + replay 1 %": [SAC, UIR, METHODS["replay 1 %"][0]],
+    OLD: [SAC, SHARED],
+    "LLaVA-c, shared inquiries + replay 1 %": [SAC, SHARED, METHODS["replay 1 %"][0]],
     "replay 1 %": METHODS["replay 1 %"],
     "task_adapters + UIR": [{"task_adapters": {"router": "prototype", "reject": 4.0}}, {UIR: {"inquiry_memory": 0}}],
     "task_adapters": [{"task_adapters": {"router": "prototype", "reject": 4.0}}],
@@ -174,8 +179,8 @@ def chapters(seeds: Sequence[int]) -> dict[str, list[Job]]:
     """The runs of each chapter that consists of runs."""
     one, given, both = ("quickstart",), ("given",), ("given", "reversed")
     choosing: dict[str, Any] = {"split": "validation", "streams": one, "orders": given, "changes": HALF}
-    own = OWN["LLaVA-c (SAC + UIR)"]
-    tried = {label: METHODS[label] for label in OWN if label not in ("single", "LLaVA-c, inquiries for each task")}
+    own = OWN[LLAVA_C]
+    tried = {label: METHODS[label] for label in OWN if label not in ("single", LLAVA_C)}
     trainings = jobs_of(tried, seeds=seeds[:1], **choosing)
     strengths = jobs_of(STRENGTHS, seeds=seeds[:2], **choosing)
     inquiries = jobs_of(INQUIRIES, seeds=seeds[:1], split="validation", streams=tuple(TASKS), orders=both)

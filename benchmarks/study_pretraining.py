@@ -30,7 +30,7 @@ def pretraining_jobs(seeds: Sequence[int]) -> list[Job]:
         "joint": ["joint"],
         "ModelMix": [{SAC: {"rate": "uniform", "strength": 0.5}}],
         "replay 5 %": [{"replay": {"size": 240, "share": 0.25, "policy": "balanced"}}],
-        "LLaVA-c (SAC + UIR)": [SAC, {UIR: inquiries}],
+        "LLaVA-c (SAC + UIR)": [{SAC: {"strength": 1.0}}, {UIR: inquiries}],
     }
     changes = {
         "model": {"name_or_path": "{output}/captioner", "train_bridge": True},

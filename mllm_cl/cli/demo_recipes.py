@@ -24,7 +24,7 @@ DEMO: dict[str, Any] = {
 METHODS: dict[str, tuple[list[dict[str, Any]], str]] = {
     "finetune": ([], "Plain sequential LoRA fine-tuning: the lower bound."),
     "llava_c": (
-        [{"spectral_consolidation": {}}, {"inquiry_regularization": {}}],
+        [{"spectral_consolidation": {"strength": 1.0}}, {"inquiry_regularization": {}}],
         "LLaVA-c: spectral-aware consolidation (SAC) and unsupervised inquiry regularization (UIR).",
     ),
     "replay": ([{"replay": {}}], "Experience replay: stored rows of earlier tasks are rehearsed."),

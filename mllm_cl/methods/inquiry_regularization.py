@@ -4,14 +4,15 @@ Idea: while learning a task, keep answering inquiries (user turns without answer
 is read.
 Formula: L = CE + weight · mean over inquiry rows of mean over positions of d(θ, reference), d = KL over the reference's
 top-k tokens (`target: logits`) or ‖n(h) − n(h_ref)‖²/D, n(h) = h/rms(h) (`target: hidden_last`).
-Inquiries: general ones are held to the untouched base, those of earlier tasks (question texts only) to the previous
-stage. `rollout` lets the reference write its own first tokens, so that the term sees the answer's onset. Earlier tasks
-share half of the inquiries, each the less the more there are; with `memory_ratio` r' beside `ratio` r each has its own,
-and the mean over all kinds counts weight · (1 + r'/r · earlier tasks), so that no kind counts less than before.
-Stored per task: up to `inquiry_memory` question texts. Cost per step: the inquiry rows are further rows of the batch;
-reference targets are computed once per task and read from disk. Reference: LLaVA-c (arXiv 2506.08666). Fidelity:
-label-free regularization on inquiries as far as the description is public; source, target, distance and weight are our
-choice, selected by measurement (docs/llava_c.md), and may differ from the authors'.
+Inquiries: r (`ratio`) general ones per task row, held to the untouched base, and r' (`memory_ratio`) that ask the
+questions of one earlier task (texts only), for each of them, held to the previous stage. The mean over all counts
+weight · (1 + r'/r · earlier tasks), so that no kind counts less after further tasks. With r' = 0 all earlier tasks
+share half of the r. `rollout` lets the reference write its own first tokens: the term sees the answer's onset.
+Stored per task: up to `inquiry_memory` question texts. Cost per step: r + r' · earlier tasks further rows per task row
+(one and a half at the second task, three and a half at the sixth); reference targets are computed once per task and read from disk.
+Reference: LLaVA-c (arXiv 2506.08666). Fidelity: label-free regularization on inquiries as far as the description is
+public; source, target, distance and weight are our choice, selected by measurement (docs/llava_c.md), and may differ
+from the authors'.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class InquiryRegularization(Method):
     Args:
         preset: named combination of the settings below; a setting given beside it wins.
         weight: λ.
-        ratio: inquiry rows per task row; with `memory_ratio` general ones.
+        ratio: general inquiries per task row.
         pool: `general` (built in), or a file of your own (see `mllm_cl.data.inquiry`).
         source: general inquiries come from the `pool`, are the current `task`'s questions without their format
             instruction, half of each (`mixed`), or are written by the untouched model (`generated`).
@@ -60,8 +61,8 @@ class InquiryRegularization(Method):
         rollout: tokens that the reference writes greedily; 0 holds the inquiry alone.
         reference: what general inquiries are held to: the untouched `base` or the `previous` stage.
         inquiry_memory: question texts kept of each task; they are held to the previous stage later. 0 keeps none.
-        memory_ratio: rows per task row that ask the questions of one earlier task. 0 asks all earlier tasks' questions in
-            half of the inquiry rows.
+        memory_ratio: inquiries per task row with the questions of one earlier task. 0 asks those of all earlier tasks in
+            half of the `ratio`.
         top_k: tokens of the reference's distribution that are kept per position.
         temperature: T of the distributions.
     """

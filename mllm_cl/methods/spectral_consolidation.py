@@ -35,7 +35,8 @@ class SpectralConsolidation(Method):
 
     Args:
         rate: how the rate depends on the singular value; see `mllm_cl.spectral.RATES`.
-        strength: share of the update's norm that is kept (alpha).
+        strength: share of the update's norm that is kept (alpha). Beside `inquiry_regularization`, which keeps what was
+            learnt by itself, 1.0 is best (docs/llava_c.md); alone less.
         match: which norm of the update the strength refers to.
         schedule: how the strength depends on the stage.
         granularity: what "largest singular value", quantiles and means are taken over.

@@ -303,7 +303,7 @@ class LlavaCTrainer(ContinualTrainer):
     """
 
     def default_methods(self) -> Sequence[Method]:
-        return (SpectralConsolidation(), InquiryRegularization())
+        return (SpectralConsolidation(strength=1.0), InquiryRegularization())
 
 
 class _CountEpochs(TrainerCallback):

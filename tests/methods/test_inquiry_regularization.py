@@ -119,10 +119,11 @@ def test_padding_does_not_matter(preset, method, begin, small_stream, micro_batc
 
 
 @pytest.mark.parametrize("policy", ["one", "stacked"])
+@pytest.mark.parametrize("ratios", [{"ratio": 0.5}, {"memory_ratio": 0.0}], ids=["each", "shared"])
 def test_general_inquiries_are_held_to_the_base_and_remembered_ones_to_the_previous_stage(
-    policy, method, begin, small_stream, disturb
+    ratios, policy, method, begin, small_stream, disturb
 ):
-    uir, stream = method("uir_memory", ratio=1.0, top_k=300), small_stream(2, rows=8)
+    uir, stream = method("uir_memory", top_k=300, **ratios), small_stream(2, rows=8)
     learner, ctx = begin(stream, uir, policy=policy)
     assert all(q["id"].startswith("inquiry/") for q in inquiries_of(learner.train_rows(ctx, ctx.task.train)))
     disturb(ctx.model, learner.trained_name(ctx.task), 1)
@@ -149,7 +150,7 @@ def test_general_inquiries_are_held_to_the_base_and_remembered_ones_to_the_previ
 def test_with_a_memory_ratio_no_kind_of_inquiry_has_less_for_further_tasks(
     method, begin, small_stream, micro_batch, disturb
 ):
-    uir, stream = method("uir_memory_each", ratio=0.5, memory_ratio=0.25, weight=3.0), small_stream(3, rows=8)
+    uir, stream = method("uir_memory", ratio=0.5, memory_ratio=0.25, weight=3.0), small_stream(3, rows=8)
     learner, ctx = begin(stream, uir)
     for stage, remembered in enumerate((0, 2, 4)):
         if stage:
