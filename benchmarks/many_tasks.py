@@ -29,6 +29,7 @@ from mllm_cl.streams import Stream, Task
 from mllm_cl.training.capabilities import build_methods
 from mllm_cl.training.loop import Run
 from mllm_cl.training.progress import Silent
+from mllm_cl.training.run_folder import find_run
 
 COLOURS = {"red": (220, 20, 20), "green": (20, 200, 20), "blue": (20, 20, 220)}
 
@@ -79,7 +80,7 @@ def measure(method: str, tasks: int, rows: int) -> dict[str, Any]:
     process, stages = psutil.Process(), []
     with tempfile.TemporaryDirectory() as folder:
         recipe, stream = make_recipe(Path(folder), method), make_stream(tasks, rows)
-        run = Run(recipe, stream, build_methods(recipe), Silent(), "single")
+        run = Run(recipe, find_run(recipe), stream, build_methods(recipe), Silent(), "single")
         for stage, task in enumerate(stream, start=1):
             started, busy = time.perf_counter(), time.process_time()
             run.learn(stage, task)

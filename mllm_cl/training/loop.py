@@ -46,7 +46,7 @@ from mllm_cl.training.launchers import check_layers, hidden_from_accelerate, lau
 from mllm_cl.training.learner import Learner
 from mllm_cl.training.ledger import Ledger
 from mllm_cl.training.progress import Progress, Silent, StepProgress
-from mllm_cl.training.run_folder import RunFolder, environment, find_run, start_run
+from mllm_cl.training.run_folder import RunFolder, claimed, environment, start_run
 from mllm_cl.training.seeds import derived_seed
 from mllm_cl.training.trainer import ContinualTrainer
 from mllm_cl.training.zero import STAGES, zero_section
@@ -78,8 +78,8 @@ def run_stream(recipe: Recipe, progress: Progress | None = None, after_stage: Af
         check_stream(recipe, stream)
         ensure_valid(stream)
     started = launcher(recipe.training)
-    with hidden_from_accelerate():
-        run = Run(recipe, stream, methods, progress, started)
+    with hidden_from_accelerate(), claimed(recipe) as folder:
+        run = Run(recipe, folder, stream, methods, progress, started)
 
         run.measure(stage=0)
         for stage, task in enumerate(stream, start=1):
@@ -88,21 +88,26 @@ def run_stream(recipe: Recipe, progress: Progress | None = None, after_stage: Af
             run.hand_over(stage, after_stage)
 
         run.complete()
-    return run.folder
+    return folder
 
 
 class Run:
     """One execution of a recipe: what the loop above calls."""
 
     def __init__(
-        self, recipe: Recipe, stream: Stream, methods: Sequence[Method], progress: Progress, started: str
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        stream: Stream,
+        methods: Sequence[Method],
+        progress: Progress,
+        started: str,
     ) -> None:
-        self.recipe, self.stream, self.progress = recipe, stream, progress
+        self.recipe, self.folder, self.stream, self.progress = recipe, folder, stream, progress
         self.state = PartialState(cpu=runs_on_cpu(recipe.training))
         self.tasks = [task.name for task in stream]
         general = {name: load_benchmark(name, recipe.evaluation.split) for name in recipe.evaluation.general}
         self.general = {name: _limited(rows, recipe) for name, rows in general.items()}
-        self.folder = find_run(recipe)  # all processes check before one of them writes
         self.ledger = Ledger(self.folder.ledger, writable=self.state.is_main_process)
         self._check_ledger("stream_fingerprint", stream.fingerprint, "the rows of the stream")
         check_layers(config_of_section(recipe.model), started)

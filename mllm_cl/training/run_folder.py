@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import logging
 import os
 import platform
+import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from accelerate import PartialState
 
 from mllm_cl.errors import RunError
-from mllm_cl.files import PARTIAL, write_json, write_text
+from mllm_cl.files import PARTIAL, explained, write_json, write_text
 from mllm_cl.recipe import Recipe
+from mllm_cl.training.arguments import runs_on_cpu
 
+logger = logging.getLogger(__name__)
+
+_PATIENCE = 10.0  # seconds: processes that read rows for a run outlive its being killed by five
 PACKAGES = ("mllm_cl", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "pillow")
 
 
@@ -53,6 +63,49 @@ def find_run(recipe: Recipe) -> RunFolder:
             f"{folder.root}: is not empty and not a run.", expected="a new folder", fix="change output_dir or empty it."
         )
     return folder
+
+
+@contextlib.contextmanager
+def claimed(recipe: Recipe) -> Iterator[RunFolder]:
+    """The folder of a run, new or to be continued, which no other run writes into meanwhile. A killed one has let go.
+
+    Raises:
+        RunError: it is in use, cannot be made, or holds something else.
+    """
+    folder = find_run(recipe)  # all processes check before one of them writes
+    if not PartialState(cpu=runs_on_cpu(recipe.training)).is_main_process:
+        yield folder
+        return
+    made = [path for path in (folder.root, *folder.root.parents) if not path.exists()]
+    with explained(folder.root):
+        folder.root.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder.root, os.O_RDONLY)
+    try:
+        _lock(handle, folder)
+        yield folder
+    finally:
+        os.close(handle)
+        with contextlib.suppress(OSError):  # not empty: something has been written
+            for path in made:
+                path.rmdir()
+
+
+def _lock(handle: int, folder: RunFolder) -> None:
+    patient_until = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > patient_until:
+                raise RunError(
+                    f"{folder.root}: another process is running this run.",
+                    expected="one at a time",
+                    fix="wait until it has ended, or stop it and give the same command again; or change output_dir.",
+                ) from error
+            time.sleep(0.2)
+        except OSError as error:
+            logger.warning("%s: cannot be locked (%s): take care that no second run works in it", folder.root, error)
+            return None
 
 
 def start_run(folder: RunFolder, recipe: Recipe) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 from itertools import pairwise, product
 from pathlib import Path
@@ -16,6 +18,7 @@ from transformers import MllamaConfig
 from mllm_cl.errors import ModelError, RunError, StreamError
 from mllm_cl.models.load import load_model
 from mllm_cl.models.tiny import build_fixture
+from mllm_cl.training import run_folder
 from mllm_cl.training.ledger import Ledger
 from mllm_cl.training.loop import run_stream
 from mllm_cl.training.seeds import derived_seed
@@ -177,6 +180,21 @@ def test_a_mistake_leaves_no_folder_behind(recipe_for, tmp_path):
     with pytest.raises(ModelError):
         run_stream(recipe_for("finetune", *SMALL, "model.name_or_path=/no/such/model"))
     assert not (tmp_path / "run").exists()
+
+
+def test_two_at_once_are_refused(copy, monkeypatch):
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    (copy / "report.md.partial").write_text("half of what the other one writes")
+    monkeypatch.setattr(run_folder, "_PATIENCE", 0.1)
+    handle = os.open(copy, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(RunError, match="another process is running this run"):
+        run_stream(same_recipe(copy))
+    assert (copy / "report.md.partial").exists()
+    os.close(handle)  # as when the other one is killed
+    run_stream(same_recipe(copy))
+    assert not (copy / "report.md.partial").exists()
+    assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
 
 
 def test_a_broken_ledger_is_refused(copy):
