@@ -12,7 +12,7 @@ weights), `chain` (SAC variants with UIR in the loop), `trainings` (learning rat
 `common` (the default against the other methods on the quickstart stream, one training for all), `streams` (on three
 streams in two orders, each method with its own training), `pretraining` (the general mixture source by source, from a
 model that can only describe pictures), `together` (with a small replay, with per-task adapters), `spectra` (singular
-values of the updates).
+values of the updates), `goal` (what of `streams` reaches the aim).
 Choices are made on validation splits (`pilot` to `inquiries`), all but the last with half of the quickstart stream's
 training rows; `common` to `together` report on test splits, with all of them. The numbers of each finished
 run become a line of docs/measured/runs.jsonl; `pilot` and `spectra` are made from the checkpoints of one run.
@@ -25,6 +25,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from measured import MEASURED, Measured, cells
@@ -54,7 +55,7 @@ COLUMNS = {  # name in the measured runs, decimals
     "one-word answers": ("one_word_share", 1),
 }
 RUN = ("presets", "chain", "trainings", "strengths", "inquiries", "common", "streams", "pretraining", "together")
-CHAPTERS = ("pilot", *RUN, "spectra")
+CHAPTERS = ("pilot", *RUN, "spectra", "goal")
 HALF = {"stream": {"limit": {"train": 320, "validation": 80}}}
 SHORT = {"training": {"num_train_epochs": 1}, "stream": {"limit": {"train": 48, "validation": 16, "test": 16}}}
 
@@ -221,6 +222,32 @@ def by_setting(jobs: Sequence[Job], measured: Measured) -> list[str]:
     return lines or NOT_RUN
 
 
+def goal(jobs: Sequence[Job], measured: Measured) -> list[str]:
+    """LLaVA-c beside joint training in each setting, and whether it reaches both marks of the goal in the mean."""
+    rows = []
+    for stream, order in dict.fromkeys((job.stream, job.order_name) for job in jobs):
+        own = [job for job in jobs if (job.stream, job.order_name) == (stream, order)]
+        found = {label.split(",")[0]: runs for label, runs in measured.by_label(own).items() if runs}
+        ours, joint = found.get(LLAVA_C, []), found.get("joint", [])
+        if ours and joint:
+            final, general = (
+                mean(run[name] or 0.0 for run in ours) for name in ("mean_final_accuracy", "general_change")
+            )
+            reached = final >= mean(run["mean_final_accuracy"] or 0.0 for run in joint) and general >= -1.0
+            theirs = cells(joint, {name: COLUMNS[name] for name in ("final average", "change of general ability")})
+            shown = cells(ours, {name: COLUMNS[name] for name in ("final average", "change of general ability")})
+            rows.append([f"{stream}, {order}", *shown, *theirs, str(len(ours)), "yes" if reached else "no"])
+    titles = (
+        "final average",
+        "general ability",
+        "joint: final average",
+        "joint: general ability",
+        "runs",
+        "both marks",
+    )
+    return table(["", *titles], rows) if rows else NOT_RUN
+
+
 def put(text: str, name: str, lines: Sequence[str]) -> str:
     """Replaces what stands between the markers of a chapter."""
     start, end = f"<!-- study:{name} -->", f"<!-- /study:{name} -->"
@@ -249,6 +276,7 @@ def main() -> None:
     writers: dict[str, Callable[[], list[str]]] = {
         "pilot": lambda: pilot_rows(given.output / "pair", SHORT if given.reduced else {}, given.report_only),
         "spectra": lambda: spectra_rows(given.output / "pair"),
+        "goal": lambda: goal(planned["streams"], measured),
         **{name: lambda name=name: results(planned[name], measured) for name in RUN},
         **{
             name: lambda name=name: by_setting(planned[name], measured)

@@ -78,12 +78,15 @@ class MRLoRA(Method):
         self.router: dict[str, Tensor] = {}
         self._placed = False  # the router adapter of the model is this one
 
-    def end_task(self, ctx: Context) -> None:
-        if len(self.tasks) == len(LETTERS):
+    def begin_task(self, ctx: Context) -> None:
+        if len(ctx.stream) > len(LETTERS):
             raise MethodError(
-                f"methods.{self.name}: the router's question has letters for {len(LETTERS)} tasks.",
+                f"methods.{self.name}: the stream has {len(ctx.stream)} tasks.",
+                expected=f"at most {len(LETTERS)}, as many as the router's question has letters",
                 fix="use task_adapters for longer streams.",
             )
+
+    def end_task(self, ctx: Context) -> None:
         self.tasks.append(ctx.task.name)
         self.options.append(ctx.task.description or ctx.task.name)
         self.memory += [(ctx.task.name, row["id"]) for row in drawn_rows(ctx, self.shots)]

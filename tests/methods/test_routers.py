@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mllm_cl.data.inquiry import question_of
+from mllm_cl.errors import MethodError
 from mllm_cl.methods import RouteBatch
 from mllm_cl.methods._held import answered
 from mllm_cl.methods._layers import decoder_blocks
@@ -30,6 +31,7 @@ from mllm_cl.models.adapters import (
     remove_adapter,
     task_adapter,
 )
+from mllm_cl.streams import Stream
 
 FIRST, SECOND = task_adapter("colours"), task_adapter("yes.no")
 
@@ -175,6 +177,14 @@ def test_the_model_is_taught_to_say_which_task_a_question_is(begin, small_stream
     assert [question_of(row).split("\n")[0] for row in seen] == [question_of(row) for row in rows]
     found = adapter_state(learner.model, ROUTER)  # the router adapter comes from the state
     assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_more_tasks_than_letters_are_refused_before_the_first_is_learnt(begin, small_stream):
+    (task,) = small_stream(1, rows=2)
+    tasks = tuple(dataclasses.replace(task, name=f"task-{number}") for number in range(27))
+    begin(Stream("long", tasks[:26]), MRLoRA())
+    with pytest.raises(MethodError, match="the stream has 27 tasks"):
+        begin(Stream("long", tasks), MRLoRA())
 
 
 def test_every_process_trains_the_same_router(begin, small_stream):
