@@ -36,10 +36,10 @@ from study_pretraining import make_captioner, pretraining_jobs
 PAGE = ROOT / "docs" / "llava_c.md"
 SAC, UIR = "spectral_consolidation", "inquiry_regularization"
 # the defaults until the chapter `inquiries` had been run: half of the inquiries for all earlier tasks together
-HALF_SHARED: dict[str, Any] = {"memory_ratio": 0.0}
+HALF_SHARED: dict[str, Any] = {"ratio": 1.0, "memory_ratio": 0.0}
 SHARED, SAC_1 = {UIR: HALF_SHARED}, {SAC: {"strength": 1.0}}
 SATURATE = {SAC: {"rate": "saturate"}}  # SAC's until the chain had been run
-QUARTER: dict[str, Any] = {"ratio": 0.5, "memory_ratio": 0.25}
+QUARTER: dict[str, Any] = {"memory_ratio": 0.25}
 LLAVA_C, OLD = "LLaVA-c (SAC + UIR)", "LLaVA-c, shared inquiries"
 TASKS = {
     "quickstart": ("digit-parity", "face-check", "compass", "surface-options", "coin-count", "ink-list"),
@@ -127,10 +127,11 @@ INQUIRIES: dict[str, list[Any]] = {  # at LLaVA-c's best training, all rows
     "a quarter for each task": [SAC, {UIR: QUARTER}],
     "a quarter for each task, weight 1": [SAC, {UIR: QUARTER | {"weight": 1.0}}],
     "a quarter for each task, SAC 1.0": [SAC_1, {UIR: QUARTER}],
-    "half for each task, SAC power_up 1.0": [{SAC: {"rate": "power_up", "strength": 1.0}}, {UIR: {"ratio": 0.5}}],
-    "half for each task, SAC 0.95": [{SAC: {"strength": 0.95}}, {UIR: {"ratio": 0.5}}],
-    "half for each task, SAC 1.0": [SAC_1, {UIR: {"ratio": 0.5}}],
-    "half for each task, one general, SAC 1.0": METHODS[LLAVA_C],
+    "half for each task, SAC power_up 1.0": [{SAC: {"rate": "power_up", "strength": 1.0}}, UIR],
+    "half for each task, SAC 0.95": [{SAC: {"strength": 0.95}}, UIR],
+    "half for each task, SAC 1.0": METHODS[LLAVA_C],
+    "half for each task, one general, SAC 1.0": [SAC_1, {UIR: {"ratio": 1.0}}],
+    "half for each task, one general, SAC 1.0, weight 1": [SAC_1, {UIR: {"ratio": 1.0, "weight": 1.0}}],
 }
 TOGETHER: dict[str, list[Any]] = {
     OLD: [SAC, SHARED],

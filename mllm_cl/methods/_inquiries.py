@@ -24,7 +24,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 _SELF = {"modality": "image", "target": "logits", "distance": "kl", "rollout": 8}
 PRESETS: dict[str, dict[str, Any]] = {
-    "uir_memory": {**_SELF, "weight": 2.0, "ratio": 1.0, "inquiry_memory": 64, "memory_ratio": 0.5},
+    "uir_memory": {**_SELF, "weight": 2.0, "ratio": 0.5, "inquiry_memory": 64, "memory_ratio": 0.5},
     "uir_self": {**_SELF, "weight": 2.0, "ratio": 1.0},
     "uir_kl": {"target": "logits", "distance": "kl"},
     "uir_feat": {},

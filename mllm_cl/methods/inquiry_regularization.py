@@ -9,7 +9,7 @@ questions of one earlier task (texts only), for each of them, held to the previo
 weight · (1 + r'/r · earlier tasks), so that no kind counts less after further tasks. With r' = 0 all earlier tasks
 share half of the r. `rollout` lets the reference write its own first tokens: the term sees the answer's onset.
 Stored per task: up to `inquiry_memory` question texts. Cost per step: r + r' · earlier tasks further rows per task row
-(by default 1 at the first task, 3.5 at the sixth); reference targets are computed once per task and read from disk.
+(by default 0.5 at the first task, 3 at the sixth); reference targets are computed once per task and read from disk.
 Reference: LLaVA-c (arXiv 2506.08666). Fidelity: label-free regularization on inquiries as far as the description is
 public; source, target, distance and weight are our choice, selected by measurement (docs/llava_c.md), and may differ
 from the authors'.

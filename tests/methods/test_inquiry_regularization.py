@@ -119,7 +119,7 @@ def test_padding_does_not_matter(preset, method, begin, small_stream, micro_batc
 
 
 @pytest.mark.parametrize("policy", ["one", "stacked"])
-@pytest.mark.parametrize("ratios", [{"ratio": 0.5}, {"ratio": 1.0, "memory_ratio": 0.0}], ids=["each", "shared"])
+@pytest.mark.parametrize("ratios", [{}, {"ratio": 1.0, "memory_ratio": 0.0}], ids=["each", "shared"])
 def test_general_inquiries_are_held_to_the_base_and_remembered_ones_to_the_previous_stage(
     ratios, policy, method, begin, small_stream, disturb
 ):
