@@ -65,6 +65,6 @@ class Slao(Method):
 
 
 def orthonormal_rows(matrix: Tensor) -> Tensor:
-    """Returns Qᵀ of Aᵀ = Q R with a positive diagonal of R: (rank, in) -> (rank, in)."""
+    """Returns Qᵀ of Aᵀ = Q R with no negative number on R's diagonal: (rank, in) -> (rank, in)."""
     q, r = torch.linalg.qr(matrix.double().mT)
-    return (q * r.diagonal().sign()).mT.to(matrix.dtype)
+    return torch.where(r.diagonal() < 0, -q, q).mT.to(matrix.dtype)

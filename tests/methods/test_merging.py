@@ -114,6 +114,8 @@ def test_slao_by_hand(begin, disturb, small_stream):
             learner, ctx = begin(stream, learner=learner)
     rows = orthonormal_rows(torch.tensor([[3.0, 4.0]]))
     assert torch.allclose(rows, torch.tensor([[0.6, 0.8]]))
+    rows = orthonormal_rows(torch.tensor([[3.0, 4.0, 0.0], [0.0, 0.0, 0.0]]))  # a direction that was lost comes back
+    assert torch.allclose(rows @ rows.mT, torch.eye(2), atol=1e-6)
 
 
 def test_model_tailor_patches_the_output_of_every_layer(begin, disturb, small_stream):
