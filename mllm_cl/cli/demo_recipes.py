@@ -12,7 +12,7 @@ from typing import Any
 
 # Sizes and settings of the demo in one place: four runs, two at a time, in 4 minutes on two cores.
 DEMO: dict[str, Any] = {
-    "limit": {"train": 256, "validation": 40, "test": 60},
+    "limit": {"train": 224, "validation": 40, "test": 60},
     "num_train_epochs": 2,
     "learning_rate": 3.0e-3,
     "per_device_train_batch_size": 4,
