@@ -48,7 +48,7 @@ def check_recipe(path: Path, overrides: Sequence[str]) -> tuple[list[list[str]],
     test = [row for task in stream for row in task.test[:_OF_A_TASK]]
     held = resident_bytes() if on_cpu else 0
     ranked = with_rank(recipe, stream, on_cpu)
-    estimate = estimate_memory(ranked, methods, train, test, on_cpu=on_cpu, libraries=held)
+    estimate = estimate_memory(ranked, methods, train, test, earlier=len(stream) - 1, on_cpu=on_cpu, libraries=held)
     parts = [[name, readable(getattr(estimate, name)), meaning] for name, meaning in _MEANING.items()]
     parts.append(["peak", readable(estimate.total), f"{estimate.rows} rows of up to {estimate.length} tokens"])
     if estimate.towers_left_out:

@@ -190,6 +190,10 @@ class Method:
         """Returns the rows to train on; an empty sequence skips training at this stage."""
         return rows
 
+    def companions_per_row(self, earlier: int) -> float:
+        """Returns how many rows `train_rows` attaches to each row after so many tasks; memory is estimated with it."""
+        return 0.0
+
     def loss_terms(self, ctx: Context, model: nn.Module, batch: TrainBatch, outputs: Any) -> dict[str, Tensor]:
         """Returns named terms that are added to the cross-entropy, already weighted and scaled with `batch.share`.
 

@@ -71,6 +71,9 @@ class DerPlusPlus(Method):
         ctx.cost["memory_rows"] += wanted
         return attach(rows, chosen, "memory", lambda: ctx.epochs.current, ctx.epochs.total)
 
+    def companions_per_row(self, earlier: int) -> float:
+        return self.ratio * (earlier > 0)
+
     def _with_targets(self, stored: Rows, place: int) -> Row:
         row = {key: value for key, value in stored[place].items() if key != "companions"}
         return {**row, "targets": self.targets[place]}  # type: ignore[typeddict-item]

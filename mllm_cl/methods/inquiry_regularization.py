@@ -133,6 +133,9 @@ class InquiryRegularization(Method):
         ctx.cost["inquiry_rows"] += len(inquiries) // epochs
         return attach(rows, inquiries, epoch=lambda: ctx.epochs.current, epochs=epochs)
 
+    def companions_per_row(self, earlier: int) -> float:
+        return (self.ratio + self.memory_ratio * earlier * (self.memory_size > 0)) * (self.weight > 0)
+
     def _hold(self, ctx: Context, inquiries: list[Row], reference: ReferenceKind) -> Rows:
         return held_inquiries(ctx, inquiries, reference, self.rollout, self.probe)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import itertools
 import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from mllm_cl.data.collate import Collator
+from mllm_cl.data.collate import COMPANIONS, Collator
 from mllm_cl.data.rows import Row
 from mllm_cl.errors import ModelError
 from mllm_cl.evaluation.engine import GenerationSettings, token_counts
@@ -90,6 +91,7 @@ def estimate_memory(
     train: Sequence[Row],
     test: Sequence[Row],
     *,
+    earlier: int = 0,
     on_cpu: bool = False,
     libraries: int = 0,
 ) -> MemoryEstimate:
@@ -99,6 +101,7 @@ def estimate_memory(
         recipe: what would be run.
         methods: its methods.
         train, test: rows of its tasks; the longest of them are taken.
+        earlier: tasks before the one whose steps are estimated.
         on_cpu: trained on the CPU, where freed pieces of many sizes stay with the process: as much again as a step needs,
             measured with and without `MALLOC_MMAP_THRESHOLD_=65536` (docs/performance.md).
         libraries: bytes that the process holds already.
@@ -129,7 +132,7 @@ def estimate_memory(
     seen, left_out = [collate((held * 2)[:size]) if sees else {} for size in (1, 2)], False
     with _explained(section.name_or_path), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         _make_fake(adapted, mode)
-        together = rows * (1.0 + _companions(methods))
+        together = rows + math.ceil(rows * sum(method.companions_per_row(earlier) for method in methods))
         try:
             steps = [_training_peak(adapted, size, length, training, batch) for size, batch in enumerate(seen, 1)]
         except _FAILURES:  # the shapes inside some towers depend on values
@@ -181,8 +184,12 @@ def optimizer_bytes(name: str) -> int:
 
 
 def longest(processor: Any, rows: Sequence[Row], count: int) -> list[Row]:
-    """Returns the longest rows: what a batch can be at worst."""
-    counts = token_counts(processor, rows)
+    """Returns the rows that are longest together with their companions: what a batch can be at worst."""
+    together = [[row, *itertools.chain(*row.get(COMPANIONS, {}).values())] for row in rows]
+    owners = [(index, one) for index, own in enumerate(together) for one in own]
+    counts = [0] * len(rows)
+    for (index, _), own in zip(owners, token_counts(processor, [one for _, one in owners])):
+        counts[index] += own
     order = sorted(range(len(rows)), key=lambda index: -counts[index])
     return [rows[index] for index in order[:count]]
 
@@ -190,11 +197,6 @@ def longest(processor: Any, rows: Sequence[Row], count: int) -> list[Row]:
 def _adapters_at_once(policy: str, max_rank: int, rank: int) -> float:
     """Adapters of one task's size that are there at the end of a task; merging needs the old and the new one."""
     return {"one": 1.0, "per_task": 1.0}.get(policy, 1.0 + max_rank / rank)
-
-
-def _companions(methods: Sequence[Method]) -> float:
-    """Rows that methods put beside each row of a task, with gradients (`ratio` of the method)."""
-    return sum(float(getattr(method, "ratio", 0.0)) for method in methods)
 
 
 def _language_linears(model: PreTrainedModel) -> Iterator[nn.Linear]:

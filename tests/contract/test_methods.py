@@ -12,7 +12,7 @@ from method_options import SMALL
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from mllm_cl.data.collate import Collator
+from mllm_cl.data.collate import COMPANIONS, Collator
 from mllm_cl.data.rows import Rows
 from mllm_cl.evaluation import shared_prefix
 from mllm_cl.evaluation.engine import GenerationSettings, generate, generate_batches
@@ -98,6 +98,12 @@ class Spy(Method):
     def __init__(self) -> None:
         self.trainable: list[set[str]] = []
         self.updates: list[dict[str, torch.Tensor]] = []
+        self.companions: list[float] = []  # per row of each task
+
+    def train_rows(self, ctx, rows):
+        attached = sum(len(some) for row in rows for some in row.get(COMPANIONS, {}).values())
+        self.companions.append(attached / len(rows) if len(rows) else 0.0)
+        return rows
 
     def loss_terms(self, ctx, model, batch, outputs):
         self.trainable.append(self.names(ctx))
@@ -219,6 +225,11 @@ def test_terms_start_where_the_reference_is(case, story):
         assert not any(term in entry for entry in first)
         assert abs(second[0][term]) < 1e-5
         assert any(entry.get(term, 0) > 0 for entry in second[1:])
+
+
+def test_memory_is_estimated_with_as_many_companions_as_there_are(story):
+    said = [sum(method.companions_per_row(earlier) for method in story.learner.methods) for earlier in (0, 1)]
+    assert story.spy.companions == pytest.approx(said, abs=0.03)  # whole rows
 
 
 def test_the_base_is_never_written(story):

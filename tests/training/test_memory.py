@@ -24,7 +24,7 @@ LORA = {"r": 4, "lora_alpha": 8}
 def estimate(fixture_folder, small_stream):
     """Returns a function that estimates a recipe on the fixture model."""
 
-    def make(*methods: str, model=None, on_cpu=False, **training):
+    def make(*methods: str, model=None, on_cpu=False, earlier=0, **training):
         recipe = load_recipe(
             {
                 "name": "x",
@@ -37,7 +37,7 @@ def estimate(fixture_folder, small_stream):
         )
         built = [build_method(MethodSpec(name=name)) for name in methods]
         task = small_stream(1)[0]
-        return estimate_memory(recipe, built, task.train, task.test, on_cpu=on_cpu)
+        return estimate_memory(recipe, built, task.train, task.test, earlier=earlier, on_cpu=on_cpu)
 
     return make
 
@@ -70,7 +70,15 @@ def test_options_change_what_they_should(estimate):
     assert on_cpu.total == plain.total + plain.activations  # the step is larger than the evaluation here
     assert estimate("lwf").methods == plain.adapters  # a copy of the previous stage
     assert estimate("spectral_consolidation").adapters == 5 * plain.adapters  # consolidated at 4 x r, and the fresh one
-    assert estimate("inquiry_regularization").activations > plain.activations
+
+
+def test_rows_beside_the_tasks_are_in_a_step(estimate):
+    """Activations grow with the rows of a step: by half at the first task, by a half more for each earlier task."""
+    plain = estimate("finetune").activations
+    at = [estimate("inquiry_regularization", earlier=earlier).activations for earlier in (0, 1, 5)]
+    assert at == pytest.approx([1.5 * plain, 2 * plain, 4 * plain], rel=0.1)
+    assert estimate("derpp").activations == plain  # nothing to replay yet
+    assert estimate("derpp", earlier=5).activations == pytest.approx(1.5 * plain, rel=0.1)
 
 
 def test_nothing_is_loaded(fixture_folder):
@@ -158,6 +166,8 @@ def test_a_model_that_cannot_be_simulated_is_named(estimate, monkeypatch):
 def test_the_longest_rows_are_taken(loaded, make_row):
     rows = [make_row(str(i), "What? " * i, "x", None if i % 2 else (1, 2, 3)) for i in range(6)]
     assert [row["id"] for row in longest(loaded[1], rows, 2)] == ["4", "2"]
+    rows[3] = {**rows[3], "companions": {"inquiry": [rows[4], rows[2]]}}  # passed in the same step
+    assert [row["id"] for row in longest(loaded[1], rows, 2)] == ["3", "4"]
 
 
 def test_bytes_are_readable():
