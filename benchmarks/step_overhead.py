@@ -5,7 +5,8 @@
 
 All train the same LoRA on the same model, on the same rows, with as many per step:
 
-- `plain`: `transformers.Trainer` on a mixture of a task's rows and as many inquiries with the reference's answers.
+- `plain`: `transformers.Trainer` on a mixture of a task's rows and as many inquiries with the reference's answers
+  (`ratio: 1`; by default a second task asks as many).
 - `no methods`: `ContinualTrainer` without methods, the same.
 - `SAC + UIR`: the task's rows, with the inquiries beside them and targets from the cache; the consolidation at the end
   of the task counts, and is also timed by itself (`ending_seconds`: it is paid once per task, however many rows that has;
@@ -112,7 +113,7 @@ class StepsDone(TrainerCallback):
 def mixture_of(name: str, rows: int, batch: int, folder: Path) -> list[Row]:
     """The rows of a task, and the inquiries that `SAC + UIR` trains with them, answered by the reference."""
     model, processor = loaded(name)
-    learner, task = Learner(model, processor, [InquiryRegularization()], seed=0), task_of(rows)
+    learner, task = Learner(model, processor, [InquiryRegularization(ratio=1.0)], seed=0), task_of(rows)
     trainer = ContinualTrainer(args=arguments(folder, batch), task=task, stream=Stream("one", (task,)), learner=learner)
     found: list[Row] = []
     for row in map(trainer.train_dataset.__getitem__, range(rows)):  # type: ignore[union-attr]
@@ -168,10 +169,12 @@ def main() -> None:
         "plain": lambda folder: plain(mixture, **size, folder=folder),
         "no methods": lambda folder: continual(Task("rows", mixture, test=()), list, **size, folder=folder),
         "SAC + UIR": lambda folder: continual(
-            methods=lambda: [SpectralConsolidation(), InquiryRegularization()], **half, folder=folder
+            methods=lambda: [SpectralConsolidation(strength=1.0), InquiryRegularization(ratio=1.0)],
+            **half,
+            folder=folder,
         ),
         "teacher in the step": lambda folder: continual(
-            methods=lambda: [SpectralConsolidation(), TeacherInTheStep()], **half, folder=folder
+            methods=lambda: [SpectralConsolidation(strength=1.0), TeacherInTheStep(ratio=1.0)], **half, folder=folder
         ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
