@@ -41,6 +41,8 @@ def reference_targets(
     The key covers the inquiries with their images, the reference's weights, the template and the settings. Process k of
     n answers the inquiries k, k + n, ...
     """
+    if ctx.cache is None:
+        raise RuntimeError(f"{ctx.task.name} is complete: there is no place for what is computed once per task")
     settings = {
         "inquiries": digest_rows(list(inquiries)),
         "reference": ctx.reference_key(reference),

@@ -60,7 +60,7 @@ class Context:
         accelerator: for gathering over processes.
         rng: a CPU generator seeded from the recipe's seed and the stage.
         max_rank: largest rank of the consolidated adapter.
-        cache: folder for what is computed once per task; gone when the stage is complete.
+        cache: folder for what is computed once per task; gone when the stage is complete, then `None`.
         reference: `with ctx.reference("base" | "previous"):` runs the model as it was before the first task or before
             this task, without gradients and without dropout.
         reference_key: identifies the weights of a reference, for cache keys.
@@ -82,7 +82,7 @@ class Context:
     accelerator: Accelerator
     rng: torch.Generator
     max_rank: int
-    cache: Path
+    cache: Path | None
     reference: Callable[[ReferenceKind], AbstractContextManager[None]]
     reference_key: Callable[[ReferenceKind], str]
     generate: Callable[[Sequence[Row], int], list[str]]

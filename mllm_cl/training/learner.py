@@ -16,6 +16,7 @@ import hashlib
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,6 @@ class Learner:
         self.max_rank = max_rank or 4 * self.lora.r
         self.truncation_error = 0.0
         self._seen: list[Task] = []
-        self._scratch = tempfile.TemporaryDirectory(prefix="mllm-cl-")
         self._base_key: str | None = None
         self.shards: Shards | None = None
         self.zero: dict[str, Any] | None = None  # DeepSpeed's `zero_optimization`, if tasks get an engine
@@ -188,7 +188,7 @@ class Learner:
         if self.shards is not None:
             self.shards.stay_whole()
         index = self.stage + 1
-        ctx = self._context(task, stream, index, accelerator, cache, epochs)
+        ctx = self._context(task, stream, index, accelerator, cache or Path(self._scratch.name), epochs)
         trained = self.trained_name(task)
         if self.policy == "one":
             if self.needs("previous"):
@@ -297,6 +297,10 @@ class Learner:
 
     # facilities of the context ---------------------------------------------------------------------------------------
 
+    @cached_property
+    def _scratch(self) -> tempfile.TemporaryDirectory[str]:
+        return tempfile.TemporaryDirectory(prefix="mllm-cl-")
+
     def context(self, task: Task, stream: Stream, accelerator: Accelerator) -> Context:
         """Returns the context of the stage that is completed, for routing."""
         return self._context(task, stream, self.stage, accelerator)
@@ -328,7 +332,7 @@ class Learner:
             accelerator=accelerator,
             rng=rng,
             max_rank=self.max_rank,
-            cache=cache or Path(self._scratch.name),
+            cache=cache,
             reference=self._reference,
             reference_key=self._reference_key,
             generate=self._generate,

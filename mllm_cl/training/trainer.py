@@ -104,8 +104,8 @@ class ContinualTrainer(CheckpointedTrainer):
         stream = stream or learner.remember(task)
         whole = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
         passes = args.max_steps * whole / len(given) if args.max_steps > 0 else args.num_train_epochs
-        cache = Path(str(args.output_dir)) / CACHE
-        self.ctx: Context = learner.begin_task(task, stream, self.accelerator, cache, max(1, math.ceil(passes)))
+        self._cache = Path(str(args.output_dir)) / CACHE
+        self.ctx: Context = learner.begin_task(task, stream, self.accelerator, self._cache, max(1, math.ceil(passes)))
         rows = learner.train_rows(self.ctx, given)
         self.rows = len(rows)
         self.train_dataset = whole_batches(rows, whole)  # type: ignore[assignment]
@@ -157,7 +157,7 @@ class ContinualTrainer(CheckpointedTrainer):
         self.learner.end_task(self.ctx)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            remove(self.ctx.cache)
+            remove(self._cache)
         return output
 
     def rehearse(self, rows: Sequence[Row] | None = None) -> None:
