@@ -206,6 +206,11 @@ def short(job: Job) -> Job:
     return replace(job, label=f"short {job.label}", changes=job.changes | SHORT)
 
 
+def is_enough(job: Job) -> bool:
+    """True for the runs of the reduced study: the given order, and choices on one stream."""
+    return job.order_name == "given" and (job.split == "test" or job.stream == "quickstart")
+
+
 def results(jobs: Sequence[Job], measured: Measured) -> list[str]:
     """Lines of a table: one row per label, mean ± standard deviation over its finished runs."""
     rows = [[label, *cells(runs, COLUMNS), str(len(runs))] for label, runs in measured.by_label(jobs).items() if runs]
@@ -267,7 +272,7 @@ def main() -> None:
     measured = Measured(given.measured or usual)
     planned = chapters(given.seeds[:1] if given.reduced else given.seeds)
     if given.reduced:
-        planned = {name: [short(job) for job in jobs if job.order_name == "given"] for name, jobs in planned.items()}
+        planned = {name: [short(job) for job in jobs if is_enough(job)] for name, jobs in planned.items()}
     writers: dict[str, Callable[[], list[str]]] = {
         "pilot": lambda: pilot_rows(given.output / "pair", SHORT if given.reduced else {}, given.report_only),
         "spectra": lambda: spectra_rows(given.output / "pair"),
