@@ -16,6 +16,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from mllm_cl.errors import RunError
+from mllm_cl.parse import parse_json
 
 PARTIAL = ".partial"
 
@@ -151,4 +152,4 @@ def is_gated(stage: Path) -> bool:
     """True if a stage folder is more than PEFT makes of its adapter: methods put gates between its factors, or prompts
     into the rows."""
     states = sorted((stage / "method").glob("*/state.json"))
-    return any(json.loads(path.read_text(encoding="utf-8"))["data"].get("gated") for path in states)
+    return any(parse_json(path.read_text(encoding="utf-8"))["data"].get("gated") for path in states)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from mllm_cl.errors import RecipeError, suggest
 from mllm_cl.model_section import AUTO, ModelSection, Section
+from mllm_cl.parse import YamlMistake, parse_json, parse_yaml
 
 
 class StreamSection(Section):
@@ -254,8 +255,8 @@ def _check_secrets(place: str, content: Any, key: str = "") -> None:
 def _plain(source: dict[str, Any]) -> dict[str, Any]:
     """A copy that holds what YAML could hold; paths become text."""
     try:
-        return json.loads(json.dumps(source, default=os.fspath))
-    except (TypeError, ValueError) as error:
+        return parse_json(json.dumps(source, default=os.fspath))
+    except (TypeError, ValueError, RecursionError) as error:
         raise RecipeError(f"recipe: {error}.", expected="text, numbers, booleans, lists and mappings") from error
 
 
@@ -278,30 +279,14 @@ def _anchor_paths(content: dict[str, Any], folder: Path) -> None:
             section[key] = os.path.abspath(beside)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it: `2e-3` is a number (in YAML 1.1 it is text), and a key that is given twice is a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"{twice} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RecipeError(f"{path}: there is no such recipe file.", fix="check the path.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read as a recipe ({error}).", expected="a UTF-8 YAML file") from error
-    except yaml.YAMLError as error:
+    except YamlMistake as error:
         raise RecipeError(f"{path}: not valid YAML ({error}).", fix="correct the syntax at that line.") from error
     if not isinstance(content, dict):
         raise RecipeError(
@@ -316,8 +301,8 @@ def _apply_override(content: dict[str, Any], override: str) -> None:
     if not separator or not all(key.split(".")):
         raise RecipeError(f"{override!r}: not an override.", expected="section.key=value, for example seed=1")
     try:
-        value = yaml.load(raw, _Loader)
-    except yaml.YAMLError as error:
+        value = parse_yaml(raw)
+    except YamlMistake as error:
         raise RecipeError(f"{override!r}: the value is not YAML ({error}).", fix="quote it.") from error
     node: Any = content
     if key.startswith("methods."):

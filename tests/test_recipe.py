@@ -172,7 +172,9 @@ def test_files_that_are_no_recipe(tmp_path):
     assert "cannot be read" in problem(tmp_path)
     (tmp_path / "latin.yaml").write_bytes("name: ä".encode("latin-1"))
     assert "UTF-8" in problem(tmp_path / "latin.yaml")
-    assert "training is given twice" in problem(write(tmp_path, "training: {a: 1}\nseed: 1\ntraining: {b: 2}\n"))
+    assert "the key 'training' is given twice" in problem(
+        write(tmp_path, "training: {a: 1}\nseed: 1\ntraining: {b: 2}\n")
+    )
 
 
 def test_a_mapping_from_python():

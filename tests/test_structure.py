@@ -14,15 +14,16 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mllm_cl"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-BASE = {"errors", "recipe", "model_section", "files"}
+BASE = {"errors", "parse", "recipe", "model_section", "files"}
 EVERYTHING = {
     *BASE, "spectral", "models", "data", "streams", "methods", "evaluation", "training", "reporting", "hub",
 }  # fmt: skip
 MAY_IMPORT = {
     "errors": set(),
-    "files": {"errors"},
+    "parse": set(),
+    "files": {"errors", "parse"},
     "model_section": {"errors"},
-    "recipe": {"errors", "model_section"},
+    "recipe": {"errors", "parse", "model_section"},
     "spectral": {"errors"},
     "models": BASE | {"spectral"},
     "data": BASE,
@@ -130,6 +131,14 @@ def test_no_pickle_and_no_remote_code() -> None:
         text = path.read_text(encoding="utf-8")
         for forbidden in ("torch.load(", "torch.save(", "import pickle", "allow_pickle=True", "trust_remote_code=True"):
             assert forbidden not in text, f"{path}: {forbidden}"
+
+
+def test_texts_are_parsed_in_one_place() -> None:
+    for path in FILES:
+        if path != PACKAGE / "parse.py":
+            text = path.read_text(encoding="utf-8")
+            for other in ("json.load(", "json.loads(", "yaml.load(", "yaml.safe_load("):
+                assert other not in text, f"{path}: {other} ends in a RecursionError for brackets without end"
 
 
 def test_no_large_files() -> None:

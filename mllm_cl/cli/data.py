@@ -195,16 +195,15 @@ def parse_options(given: list[str]) -> dict[str, Any]:
     Raises:
         StreamError: a text without `=`, or a value that is not YAML.
     """
-    import yaml
-
     from mllm_cl.errors import StreamError
+    from mllm_cl.parse import YamlMistake, parse_yaml
 
     options = {}
     for text in given:
         key, separator, value = text.partition("=")
         try:
-            options[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+            options[key] = parse_yaml(value)
+        except YamlMistake as error:
             raise StreamError(f"--option {text!r}: the value is not YAML.", fix="quote it.") from error
         if not separator or not key:
             raise StreamError(f"--option {text!r}: not an option.", expected="KEY=VALUE, for example scoring=corrected")

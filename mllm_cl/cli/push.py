@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mllm_cl.parse import parse_json
+
 if TYPE_CHECKING:
     from mllm_cl.hub import Publication, Router
     from mllm_cl.recipe import HubSection, Recipe
@@ -90,7 +92,6 @@ def show_files(publication: Publication, branch: str) -> None:
 
 def prototype_router(run: Path, stage: int | None) -> Router | None:
     """Returns the router of `task_adapters` as a card can show it; `None` for every other way to route, or none."""
-    import json
 
     from mllm_cl.hub import Router
     from mllm_cl.methods.task_adapters import TaskAdapters
@@ -109,7 +110,7 @@ def prototype_router(run: Path, stage: int | None) -> Router | None:
     if not trained:
         return None
     folder = Path("stages") / trained[-1].name / "method" / f"{place:02d}-{method.name}"
-    similarity = json.loads((run / folder / "state.json").read_text(encoding="utf-8"))["data"]["similarity"]
+    similarity = parse_json((run / folder / "state.json").read_text(encoding="utf-8"))["data"]["similarity"]
     return Router(
         f"run/{folder.as_posix()}/state.safetensors",
         {task: method.lowest_similarity(mean, deviation) for task, (mean, deviation) in similarity.items()},

@@ -17,6 +17,7 @@ from typing import Any
 from mllm_cl.data.problems import RowError
 from mllm_cl.data.sources import JsonSource, TableSource
 from mllm_cl.errors import DataError, suggest
+from mllm_cl.parse import parse_json
 
 FILE_NAME = "dataset_info.json"
 _ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
@@ -140,7 +141,7 @@ def open_described(path: Path, name: str | None, open_file: Open, open_hub: Call
 
 def _entries(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = parse_json(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error}).", fix="correct the file.") from error
     entries = {key: value for key, value in content.items() if _is_entry(value)} if isinstance(content, dict) else {}

@@ -21,6 +21,7 @@ from mllm_cl.data.content import own_id
 from mllm_cl.data.heads import check_head
 from mllm_cl.data.problems import RowError
 from mllm_cl.errors import DataError
+from mllm_cl.parse import parse_json
 
 _CHUNK = 1 << 22  # characters; larger than any sane row
 _TABLE_ROWS = 10_000  # rows of a table whose ids are read at once
@@ -130,7 +131,7 @@ class JsonSource(BlockSource):
         return len(self.starts)
 
     def __getitem__(self, index):  # type: ignore[override]
-        return parse_json(self.take(index))
+        return _parse_row(self.take(index))
 
     def read_items(self, start: int, stop: int) -> list[bytes]:
         begin, last = self.starts[start], start
@@ -143,17 +144,17 @@ class JsonSource(BlockSource):
         return [data[place : place + self.lengths[index]] for index, place in enumerate(places, start)]
 
 
-def parse_json(data: bytes) -> Any:
+def _parse_row(data: bytes) -> Any:
     """Returns the value of one row.
 
     Raises:
         RowError: not UTF-8 or not JSON.
     """
     try:
-        return json.loads(data.decode("utf-8"))
+        return parse_json(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise RowError(f"not UTF-8 ({error.reason}).", kind="not_utf8", fix=_UTF8_FIX) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise RowError(
             f"not JSON ({error}).", kind="broken_json", expected="one JSON object", fix="correct or remove this row."
         ) from error
@@ -173,7 +174,7 @@ def _is_lines(path: Path) -> bool:
             file.seek(0)
             line = file.readline().removeprefix(codecs.BOM_UTF8)
             try:
-                first = json.loads(line)
+                first = parse_json(line)
             except ValueError:
                 first = None
             if first is not None and (file.readline().strip() or not _lists_of_rows(first)):
@@ -214,7 +215,7 @@ def _scan_lines(path: Path) -> Iterator[tuple[int, int, int, Any]]:
             if not data.strip():
                 continue
             try:
-                raw = parse_json(data)
+                raw = _parse_row(data)
             except RowError:
                 raw = None  # reported when the row is read
             yield offset, len(data), number, raw

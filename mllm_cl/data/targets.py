@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mllm_cl.files import PARTIAL, explained, publish
+from mllm_cl.parse import parse_json
 
 _LENGTHS = "lengths"
 
@@ -58,7 +59,7 @@ class Targets:
         self._offsets: list[list[int]] = []
         parts: list[list[str]] = []
         for file in self._files():
-            parts.append(json.loads(file.metadata()["texts"]))
+            parts.append(parse_json(file.metadata()["texts"]))
             ends = file.get_tensor(_LENGTHS).cumsum(0).tolist()
             self._offsets.append([0, *ends])
         total = sum(map(len, parts))

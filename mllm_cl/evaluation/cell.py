@@ -32,6 +32,7 @@ from mllm_cl.evaluation.scorers import CHOICE_LIKELIHOOD, scorer_identity
 from mllm_cl.evaluation.scoring import check_fields, cluster_numbers, score_answers, scorer_fields
 from mllm_cl.files import explained, write_json, write_text
 from mllm_cl.model_section import InputSettings
+from mllm_cl.parse import parse_json
 
 Answers = Callable[
     [Sequence[Row], Sequence[list[int]], GenerationSettings], Iterator[tuple[list[int], Sequence[str | Failed]]]
@@ -180,7 +181,7 @@ def evaluate_cell(
 def read_result(folder: Path, key: str) -> CellResult | None:
     """Returns the result of a cell that was completed under this key, or `None`."""
     try:
-        content = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        content = parse_json((folder / "result.json").read_text(encoding="utf-8"))
         fields = CellResult.__dataclass_fields__
         needed = [name for name, own in fields.items() if own.default is MISSING and own.default_factory is MISSING]
         result = CellResult(
@@ -214,7 +215,7 @@ def _lines(folder: Path) -> Iterator[Mapping[str, Any]]:
     for part in sorted(folder.glob("predictions.part*.jsonl")):
         with part.open(encoding="utf-8", newline="\n") as file:  # answers may hold other separators, such as U+2028
             for line in file:
-                yield json.loads(line)
+                yield parse_json(line)
 
 
 def _answered(folder: Path) -> dict[str, str]:
@@ -283,7 +284,7 @@ def _is_plain(value: Any) -> bool:
 def _raise_failures(folder: Path, task: str, key: str) -> None:
     """Says which rows could not be answered, if that is why there is no score."""
     try:
-        content = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        content = parse_json((folder / "result.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return
     failed = content.get("failed") or []

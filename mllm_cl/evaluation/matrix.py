@@ -22,6 +22,7 @@ from mllm_cl.errors import EvaluationError, suggest
 from mllm_cl.evaluation.metrics import Array, Metric, average_accuracies, derive, general_ability_deltas
 from mllm_cl.evaluation.statistics import derived_standard_errors
 from mllm_cl.files import write_text
+from mllm_cl.parse import parse_json
 
 SCHEMA_VERSION = 1
 BASE_STAGE = "0-base"
@@ -255,7 +256,7 @@ class AccuracyMatrix:
         path = Path(folder)
         path = path / "matrix.json" if path.is_dir() or path.suffix != ".json" else path
         try:
-            payload = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+            payload = parse_json(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
         except OSError as error:
             raise EvaluationError(
                 f"{path}: cannot be read ({error.strerror}).", expected="the folder of a run with a matrix.json"

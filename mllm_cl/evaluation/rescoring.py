@@ -6,7 +6,6 @@ data set nor the images are opened, and the order of the lines does not matter.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from mllm_cl.errors import EvaluationError
 from mllm_cl.evaluation.scorers import BENCHMARK_SCORERS, CHOICE_LIKELIHOOD
 from mllm_cl.evaluation.scoring import Scored, score_answers
+from mllm_cl.parse import parse_json
 
 PREDICTIONS = "predictions.jsonl"
 _KINDS = {
@@ -73,8 +73,8 @@ def read_predictions(path: Path) -> Predictions:
         if not line:
             continue
         try:
-            content = json.loads(line)
-        except (ValueError, RecursionError) as error:  # the latter: brackets without end
+            content = parse_json(line)
+        except ValueError as error:
             raise EvaluationError(f"{path}, line {number}: not valid JSON ({error}).", fix="evaluate again.") from error
         missing = [
             key for key in ("id", "prediction", "references") if not isinstance(content, dict) or key not in content
@@ -157,8 +157,8 @@ def _task_and_metric_beside(path: Path) -> tuple[str | None, str | None]:
     """
     result = path.parent / "result.json"
     try:
-        content = json.loads(result.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = parse_json(result.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return None, None
     found = [content.get(key) or None if isinstance(content, dict) else None for key in ("task", "metric")]
     for key, value in zip(("task", "metric"), found):

@@ -27,6 +27,7 @@ from mllm_cl.files import is_gated, new_folder
 from mllm_cl.hub.card import Router, published_recipe, write_card
 from mllm_cl.hub.client import check_repo_id
 from mllm_cl.hub.results import eval_results, until_stage
+from mllm_cl.parse import parse_json
 from mllm_cl.recipe import TOKEN, HubSection
 from mllm_cl.reporting.figures import write_figures
 from mllm_cl.reporting.run import RunSummary, read_run
@@ -166,7 +167,7 @@ def gather(
 
 def rebase(config: bytes, base_model: str) -> bytes:
     """Returns an `adapter_config.json` that names another base model, in the form that PEFT writes."""
-    content = json.loads(config)
+    content = parse_json(config)
     content["base_model_name_or_path"] = base_model
     return json.dumps(content, indent=2, sort_keys=True).encode()
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -21,9 +20,11 @@ from mllm_cl.files import folder_sha256, new_folder
 from mllm_cl.hub.client import make_api, patiently
 from mllm_cl.hub.layout import CONFIG, WEIGHTS, rebase, stage_branch
 from mllm_cl.hub.push import MAIN
+from mllm_cl.parse import parse_json, parse_yaml
 from mllm_cl.recipe import Recipe, load_recipe
 
 _FOLDER_NAME = re.compile(r"(?!\.)[^/\\\0]{1,200}")
+_DEEPEST = 16  # folders above a file; a run has five, and a repository of thousands would end Python's own functions
 _WANTED = [CONFIG, WEIGHTS, "adapters/*", "run/*"]
 
 
@@ -131,13 +132,13 @@ def read_published(snapshot: Path, repo_id: str) -> tuple[Recipe, list[dict[str,
         HubError: it holds no run.
     """
     try:
-        content = yaml.safe_load((snapshot / "run/recipe.yaml").read_text(encoding="utf-8"))
+        content = parse_yaml((snapshot / "run/recipe.yaml").read_text(encoding="utf-8"))
         lines = (snapshot / "run/ledger.jsonl").read_text(encoding="utf-8").split("\n")
-        ledger = [json.loads(line) for line in lines if line]
+        ledger = [parse_json(line) for line in lines if line]
         if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in ledger):
             raise ValueError("mappings were expected")
         return load_recipe(content), ledger
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise HubError(
             f"{repo_id}: holds no readable run ({error}).",
             expected="run/recipe.yaml and run/ledger.jsonl, as `mllm-cl push` writes them",
@@ -173,6 +174,16 @@ def read_stages(ledger: Sequence[Mapping[str, Any]], repo_id: str) -> tuple[list
 
 def _download(api: HfApi, repo_id: str, revision: str) -> Path:
     """The repository in the client's cache, where an interrupted download continues."""
+    listing = f"{repo_id}: listing the files of {revision}"
+    if any(
+        name.count("/") > _DEEPEST
+        for name in patiently(listing, lambda: api.list_repo_files(repo_id, revision=revision))
+    ):
+        raise HubError(
+            f"{repo_id}: holds folders in more than {_DEEPEST} folders.",
+            expected="a run as mllm-cl pushed it",
+            fix="check the name, or pull an earlier commit with --revision.",
+        )
     return Path(
         patiently(
             f"{repo_id}: downloading {revision}",
@@ -209,7 +220,7 @@ def _copy_adapter(source: Path, target: Path, base_model: str, sha256: str) -> b
 def _of_base(config: bytes, base_model: str) -> bytes:
     """The configuration as the run wrote it: it may have been published under another name of the base model."""
     try:
-        content = json.loads(config)
+        content = parse_json(config)
     except ValueError:
         return config  # damaged, as its hash will tell
     if not isinstance(content, dict) or content.get("base_model_name_or_path") == base_model:

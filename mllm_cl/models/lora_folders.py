@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mllm_cl.errors import ModelError
+from mllm_cl.parse import parse_json
 from mllm_cl.spectral import LowRankDelta
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -41,7 +41,7 @@ def read_lora_folder(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
         ModelError: the folder is not a LoRA folder, or cannot be read.
     """
     try:
-        settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        settings = parse_json((folder / CONFIG).read_text(encoding="utf-8"))
         state = load_file(folder / WEIGHTS)
         kind = settings.get("peft_type")
         config = LoraConfig.from_pretrained(str(folder)) if kind == "LORA" else None

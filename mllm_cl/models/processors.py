@@ -6,7 +6,6 @@ away; images are processed by Pillow either way.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_torchvision_available
 
 from mllm_cl.errors import ModelError
+from mllm_cl.parse import parse_json
 
 
 class TextProcessor(ProcessorMixin):
@@ -51,7 +51,7 @@ def _processor_class(source: str, **settings: Any) -> type[ProcessorMixin] | Non
     file = cached_file(
         source, PROCESSOR_NAME, revision=settings.get("revision"), _raise_exceptions_for_missing_entries=False
     )
-    name = json.loads(Path(file).read_text(encoding="utf-8")).get("processor_class") if file is not None else None
+    name = parse_json(Path(file).read_text(encoding="utf-8")).get("processor_class") if file is not None else None
     if name is not None:
         return processor_class_from_name(name)
     usual: Any = PROCESSOR_MAPPING.get(type(AutoConfig.from_pretrained(source, **settings)), None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -10,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mllm_cl.errors import RunError
 from mllm_cl.evaluation.matrix import BASE_STAGE, AccuracyMatrix, stage_name
+from mllm_cl.parse import parse_json, parse_yaml
 
 Json = dict[str, Any]
 
@@ -188,8 +186,8 @@ def read_run(folder: str | os.PathLike[str]) -> RunSummary:
         )
     try:
         text = path.read_text(encoding="utf-8")
-        recipe = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        recipe = parse_yaml(text)
+    except (OSError, ValueError) as error:
         raise RunError(f"{path}: cannot be read ({error}).", expected="the recipe of a run") from error
     if not isinstance(recipe, dict) or not recipe:
         raise RunError(f"{path}: holds no recipe.", expected="keys such as name, model, stream, methods, training")
@@ -214,7 +212,7 @@ def read_json_lines(path: Path, problems: list[str]) -> list[Json]:
             if not line.strip():
                 continue
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
             except ValueError:
                 entry = None
             if isinstance(entry, dict):
@@ -241,7 +239,7 @@ def _read_environment(path: Path, problems: list[str]) -> Json:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         content = None
     if not isinstance(content, dict):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mllm_cl.data.builders import BENCHMARKS, STREAMS, find_builder, find_family
 from mllm_cl.data.rows import Row
 from mllm_cl.errors import DataError, StreamError, suggest
+from mllm_cl.parse import parse_json
 from mllm_cl.streams.arrange import arrange
 from mllm_cl.streams.fingerprint import fingerprint
 from mllm_cl.streams.stream import Stream, Task
@@ -102,5 +103,5 @@ def _built_in(name: str, root: str | Path | None, options: dict[str, Any]) -> St
 @cache
 def _build(name: str, builder: Callable[..., list[dict[str, Any]]], options: str) -> Stream:
     """Kept, because `mllm-cl demo` learns the same stream with several methods."""
-    tasks = tuple(Task(**fields) for fields in builder(**json.loads(options)))
+    tasks = tuple(Task(**fields) for fields in builder(**parse_json(options)))
     return Stream(name=name, tasks=tasks, fingerprint=fingerprint(tasks))

@@ -17,6 +17,7 @@ from mllm_cl.data.problems import Problem, RowError
 from mllm_cl.data.rows import Row, Rows
 from mllm_cl.errors import StreamError
 from mllm_cl.files import write_text
+from mllm_cl.parse import parse_json
 from mllm_cl.streams.fingerprint import fingerprint
 from mllm_cl.streams.stream import Stream, Task
 
@@ -103,7 +104,7 @@ def _read(path: Path) -> dict[tuple[str, str], dict[int, str | None]]:
     found: dict[tuple[str, str], dict[int, str | None]] = defaultdict(dict)
     try:
         for line in path.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
+            entry = parse_json(line)
             found[str(entry["task"]), str(entry["split"])][int(entry["position"])] = entry["id"]
     except FileNotFoundError as error:
         raise StreamError(f"{path}: the list of rows to exclude does not exist.", fix="correct the path.") from error

@@ -27,18 +27,18 @@ Paths are relative to the file.
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mllm_cl.data.formats import FORMATS
 from mllm_cl.data.readers import hub_id_of, read_rows, read_rows_by
 from mllm_cl.data.rows import Rows
 from mllm_cl.errors import DataError, StreamError, suggest
+from mllm_cl.parse import YamlMistake, parse_yaml
 from mllm_cl.streams.fingerprint import fingerprint as fingerprint_of
 from mllm_cl.streams.stream import Stream, Task
 
@@ -257,38 +257,17 @@ def _locate(file: Path, value: str) -> str:
     return value if hub_id_of(name) else str(local)
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, where YAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable) and key in keys:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", key_node.start_mark
-                )
-            if isinstance(key, Hashable):
-                keys.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def _parse_yaml(file: Path) -> Any:
     try:
-        return yaml.load(file.read_text(encoding="utf-8-sig"), Loader=_Loader)  # a SafeLoader
+        return parse_yaml(file.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise StreamError(f"{file}: not UTF-8 ({error.reason}).", fix="save the file as UTF-8.") from error
     except OSError as error:
         raise StreamError(f"{file}: cannot be read ({error.strerror}).") from error
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    except YamlMistake as error:
         raise StreamError(
-            f"{file}{place}: not valid YAML ({error.problem or error.context}).",
-            fix="check indentation, quotes and colons there.",
+            f"{file}{error.place}: not valid YAML ({error.problem}).", fix="check indentation, quotes and colons there."
         ) from error
-    except yaml.YAMLError as error:
-        raise StreamError(f"{file}: not valid YAML ({error}).") from error
 
 
 def _explain(file: Path, error: ValidationError) -> StreamError:

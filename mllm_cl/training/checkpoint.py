@@ -23,6 +23,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from mllm_cl.errors import RunError
 from mllm_cl.files import PARTIAL, explained, publish, remove
+from mllm_cl.parse import parse_json
 
 Tree = Any
 
@@ -71,7 +72,7 @@ def save_tree(folder: Path, name: str, tree: Tree) -> None:
 
 def load_tree(folder: Path, name: str) -> Tree:
     """Reads what `save_tree` wrote."""
-    content = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    content = parse_json((folder / f"{name}.json").read_text(encoding="utf-8"))
     return unpack(content, load_file(folder / f"{name}.safetensors"))
 
 

@@ -6,7 +6,6 @@ methods route is rebuilt with its methods, so that every sample meets the adapte
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from mllm_cl.methods.base import overrides
 from mllm_cl.models import adapters
 from mllm_cl.models.load import base_fingerprint, load_from_section
 from mllm_cl.models.tiny import TINY_LLAVA
+from mllm_cl.parse import parse_json
 from mllm_cl.recipe import ModelSection, Recipe, load_recipe
 from mllm_cl.streams import Stream, Task
 from mllm_cl.training.capabilities import build_methods
@@ -240,7 +240,7 @@ def _trained(run: Path) -> dict[int, str]:
 
 def _base_of(folder: Path) -> str:
     try:
-        name = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+        name = parse_json((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
         raise ModelError(
             f"{folder}: no readable adapter_config.json ({error}).", expected="a plain PEFT LoRA folder"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mllm_cl.errors import ModelError, RecipeError
+from mllm_cl.parse import parse_json
 
 LAUNCHERS = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp2")
 QUANTIZATIONS = (None, "4bit", "8bit")
@@ -62,7 +62,7 @@ def deepspeed_config(training: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if path in (None, "none"):
         return None
     try:
-        return json.loads(Path(str(path)).read_text(encoding="utf-8"))
+        return parse_json(Path(str(path)).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RecipeError(f"training.deepspeed: {path} cannot be read ({error}).", expected="a JSON file") from error
 

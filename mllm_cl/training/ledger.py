@@ -13,6 +13,7 @@ from typing import Any
 
 from mllm_cl.errors import RunError
 from mllm_cl.files import explained
+from mllm_cl.parse import parse_json
 
 
 class Ledger:
@@ -39,7 +40,7 @@ class Ledger:
 
     def _entry(self, number: int, line: bytes) -> dict[str, Any]:
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
             if "event" in entry:
                 return entry
             raise ValueError("no event")

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 
 from mllm_cl.errors import RunError
 from mllm_cl.files import PARTIAL, explained, write_json, write_text
+from mllm_cl.parse import parse_yaml
 from mllm_cl.recipe import Recipe
 from mllm_cl.training.arguments import runs_on_cpu
 
@@ -122,8 +122,8 @@ def start_run(folder: RunFolder, recipe: Recipe) -> None:
 
 def _check_same(folder: RunFolder, recipe: Recipe) -> None:
     try:
-        stored = Recipe.model_validate(yaml.safe_load(folder.recipe.read_text(encoding="utf-8")))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        stored = Recipe.model_validate(parse_yaml(folder.recipe.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
         raise RunError(f"{folder.recipe}: cannot be read ({error}).", fix="change output_dir.") from error
     if stored.sha256 == recipe.sha256:
         return

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from mllm_cl.errors import RunError
 from mllm_cl.methods import Method, MethodState
+from mllm_cl.parse import parse_json
 
 
 def _folder(root: Path, position: int, method: Method) -> Path:
@@ -37,7 +38,7 @@ def load_states(root: Path, methods: Sequence[Method]) -> None:
     for position, method in enumerate(methods):
         folder = _folder(root, position, method)
         try:
-            content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            content = parse_json((folder / "state.json").read_text(encoding="utf-8"))
             tensors = load_file(folder / "state.safetensors")
         except (OSError, ValueError) as error:
             raise RunError(f"{folder}: the state of {method.name} cannot be read ({error}).") from error

@@ -234,6 +234,15 @@ def test_what_is_no_published_run_is_refused(hub: Any, finished: Path, tmp_path:
         pull(REPO, tmp_path / "pulled")
 
 
+@pytest.mark.parametrize("name", ["run/", "run/stages/", "adapters/"])
+def test_folders_in_folders_without_end_are_not_downloaded(hub: Any, finished: Path, tmp_path: Path, name: str) -> None:
+    push(parcel(finished))
+    hub.tree(REPO)[name + "x/" * 1500 + "weights.safetensors"] = b""
+    with pytest.raises(HubError, match="holds folders in more than 16 folders"):
+        pull(REPO, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("event", "key", "value"),
     [
@@ -271,6 +280,8 @@ def test_a_ledger_of_strangers_is_not_trusted(
         ("run/recipe.yaml", b"", "holds no readable run"),
         ("run/recipe.yaml", b"- 1", "holds no readable run"),
         ("run/ledger.jsonl", b"[1]\n2\n", "holds no readable run"),
+        ("run/ledger.jsonl", b"[" * 100_000, "holds no readable run"),
+        ("run/recipe.yaml", b"[" * 3_000, "holds no readable run"),
         ("adapter_config.json", b"\xff{", "not the one that its ledger names"),
         ("adapter_config.json", b"[1]", "not the one that its ledger names"),
     ],

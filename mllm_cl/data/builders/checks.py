@@ -6,7 +6,6 @@ with the row's place. All are plain data (they travel to loader workers).
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from mllm_cl.data.inquiry import question_of
 from mllm_cl.data.problems import RowError
 from mllm_cl.data.rows import Row, reference_answers
 from mllm_cl.errors import DataError
+from mllm_cl.parse import parse_json
 
 _OPTION = re.compile(r"^\s*\(?([A-H])[.):]\s*(.+?)\s*$", re.MULTILINE)
 _NUMBERS = re.compile(r"-?\d+(?:\.\d+)?")
@@ -216,7 +216,7 @@ def read_json(path: Path) -> Any:
         DataError: it does not exist or is not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return parse_json(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise DataError(
             f"{path}: the file does not exist.", fix="download the annotations of the benchmark too."

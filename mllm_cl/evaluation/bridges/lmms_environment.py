@@ -6,7 +6,6 @@ have to be installed there: `pip install 'mllm_cl[lmms-eval]'`.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 
 from mllm_cl.errors import EvaluationError
+from mllm_cl.parse import parse_json
 
 VARIABLE = "MLLM_CL_LMMS_EVAL_PYTHON"
 SERIES = "0.7."
@@ -82,7 +82,7 @@ def find_lmms_eval() -> LmmsEnvironment:
         done = subprocess.run(
             [str(python), "-c", _PROBE, *PACKAGES], capture_output=True, text=True, timeout=_SECONDS, check=True
         )
-        versions = json.loads(done.stdout)
+        versions = parse_json(done.stdout)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
         raise EvaluationError(
             f"{python}: does not run ({error}).", expected="a Python interpreter", fix=f"correct {VARIABLE}."

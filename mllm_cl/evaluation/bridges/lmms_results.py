@@ -18,6 +18,7 @@ from typing import Any
 from mllm_cl.errors import EvaluationError
 from mllm_cl.evaluation.cell import CellResult
 from mllm_cl.files import write_json, write_text
+from mllm_cl.parse import parse_json
 
 PROFILE = "lmms_eval"
 UNIT = "as lmms-eval gives it"
@@ -112,7 +113,7 @@ def write_outcomes(output: Path, outcomes: Sequence[Outcome]) -> None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EvaluationError(f"lmms-eval: {path.name} is missing or unreadable ({error}).") from error
 
@@ -151,7 +152,7 @@ def _texts(target: Any) -> list[str]:
 def _lines(path: Path, task: str, primary: str) -> list[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8", newline="\n") as file:
-            samples = [json.loads(line) for line in file]
+            samples = [parse_json(line) for line in file]
     except (OSError, ValueError) as error:
         raise EvaluationError(f"lmms-eval: the answers of {task} are missing or unreadable ({error}).") from error
     lines = []
