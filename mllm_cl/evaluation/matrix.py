@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -313,6 +312,11 @@ class AccuracyMatrix:
 
     def _check(self) -> None:
         """Raises if the parts do not fit together."""
+        names = [*self.tasks, *self.stages, *self.general_names]
+        names += [metric for metric in (*self.metric, *self.general_metric) if metric is not None]
+        odd = [name for name in names if not isinstance(name, str)]
+        if odd:
+            raise EvaluationError(f"{odd[0]!r} as a name.", expected="names of tasks, stages and metrics")
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
             raise EvaluationError(f"tasks {self.tasks}.", expected="one or more different names")
         if len(self.stages) != len(self.tasks) + self.has_base:
@@ -333,8 +337,12 @@ class AccuracyMatrix:
                     expected=f"{len(self.stages)} stages of {columns} cells",
                 )
             odd = [cell for row in cells for cell in row if cell is not None and not _is_number(cell)]
+            if cells is self.stderr or cells is self.general_stderr:
+                odd += [cell for row in cells for cell in row if cell is not None and _is_number(cell) and cell < 0]
             if odd:
-                raise EvaluationError(f"a cell holds {odd[0]!r}.", expected="a finite number, or null")
+                raise EvaluationError(
+                    f"a cell holds {odd[0]!r}.", expected="a number in percent (an error: not below 0), or null"
+                )
 
 
 def _write(
@@ -378,7 +386,8 @@ def _array(cells: Cells) -> Array:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """True for numbers that can be calculated with: neither infinite nor so large that their squares are."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100
 
 
 def _refuse_constant(name: str) -> float:

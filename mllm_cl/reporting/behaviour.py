@@ -6,16 +6,19 @@ Numbers only; `report.py` writes them stage by stage, `compare.py` those after t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from mllm_cl.evaluation.instructions import obedience
-from mllm_cl.reporting.run import RunSummary, predictions_path, read_json_lines
+from mllm_cl.reporting.run import RunSummary, as_index, as_number, predictions_path, read_json_lines
+
+DRIFT = ("feature_shift", "one_word_share", "mean_words")
+"""Numbers of a `drift` event, see `evaluation/drift.py`."""
 
 
-def drift_by_stage(run: RunSummary) -> dict[int, dict[str, Any]]:
-    """Returns index of the stage -> its last `drift` event (see `evaluation/drift.py`), in the order of the stages."""
-    found = {entry["stage"]: entry for entry in run.ledger if entry.get("event") == "drift"}
-    return {stage: found[stage] for stage in sorted(found) if stage <= len(run.stages)}
+def drift_by_stage(run: RunSummary) -> dict[int, dict[str, float | None]]:
+    """Returns index of the stage -> the numbers of its last `drift` event, in the order of the stages."""
+    found = {as_index(entry.get("stage")): entry for entry in run.ledger if entry.get("event") == "drift"}
+    known = [stage for stage in range(len(run.stages) + 1) if stage in found]
+    return {stage: {name: as_number(found[stage].get(name)) for name in DRIFT} for stage in known}
 
 
 def final_drift(run: RunSummary, field: str) -> float | None:

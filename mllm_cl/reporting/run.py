@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,9 @@ from mllm_cl.evaluation.matrix import BASE_STAGE, AccuracyMatrix, stage_name
 from mllm_cl.parse import parse_json, parse_yaml
 
 Json = dict[str, Any]
+
+SECTIONS = ("training", "evaluation", "hub")
+"""What reports read of a recipe as mappings."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,8 @@ def read_run(folder: str | os.PathLike[str]) -> RunSummary:
         recipe = parse_yaml(text)
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: cannot be read ({error}).", expected="the recipe of a run") from error
-    if not isinstance(recipe, dict) or not recipe:
+    sections = [recipe.get(name) or {} for name in SECTIONS] if isinstance(recipe, dict) and recipe else []
+    if not sections or not all(isinstance(section, dict) for section in sections):
         raise RunError(f"{path}: holds no recipe.", expected="keys such as name, model, stream, methods, training")
     problems: list[str] = []
     environment = _read_environment(folder / "environment.json", problems)
@@ -249,7 +252,7 @@ def _read_environment(path: Path, problems: list[str]) -> Json:
 
 
 def _stages(matrix: AccuracyMatrix | None, ledger: list[Json]) -> tuple[StageRecord, ...]:
-    trained = {_as_index(event.get("stage")): event for event in ledger if event.get("event") == "stage_trained"}
+    trained = {as_index(event.get("stage")): event for event in ledger if event.get("event") == "stage_trained"}
     if matrix is not None:
         tasks = matrix.tasks
     else:
@@ -257,8 +260,8 @@ def _stages(matrix: AccuracyMatrix | None, ledger: list[Json]) -> tuple[StageRec
         tasks = [str(name) for name in started] if started else []
         for index in sorted(index for index in trained if index is not None and index > len(tasks)):
             tasks.append(str(trained[index].get("task", index)))
-    cells: dict[tuple[int | None, object], float | None] = {
-        (_as_index(event.get("stage")), event.get("task")): _as_number(event.get("seconds"))
+    cells: dict[tuple[int | None, str], float | None] = {
+        (as_index(event.get("stage")), str(event.get("task"))): as_number(event.get("seconds"))
         for event in ledger
         if event.get("event") == "cell"
     }
@@ -278,13 +281,13 @@ def _stages(matrix: AccuracyMatrix | None, ledger: list[Json]) -> tuple[StageRec
                 trained=index in trained,
                 unmeasured=tuple(seen),
                 evaluation_seconds=sum(t for t in times if t is not None) if times and None not in times else None,
-                **{field: _as_number(event.get(field)) for field in COSTS},
+                **{field: as_number(event.get(field)) for field in COSTS},
             )
         )
     return tuple(records)
 
 
-def _as_index(stage: object) -> int | None:
+def as_index(stage: object) -> int | None:
     """A stage is written as its number or as the name of its folder."""
     if isinstance(stage, str):
         head = stage.split("-", 1)[0]
@@ -292,8 +295,8 @@ def _as_index(stage: object) -> int | None:
     return stage if isinstance(stage, int) else None
 
 
-def _as_number(value: object) -> float | None:
-    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def as_number(value: object) -> float | None:
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100
     return float(value) if usable else None  # type: ignore[arg-type]
 
 

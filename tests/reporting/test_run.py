@@ -7,7 +7,7 @@ import json
 import pytest
 
 from mllm_cl.errors import EvaluationError, RunError
-from mllm_cl.reporting import read_run
+from mllm_cl.reporting import read_run, write_report
 from mllm_cl.reporting.answers import find_changes
 
 
@@ -94,6 +94,49 @@ def test_a_cut_off_matrix_is_an_error(fake_run):
     path = folder / "matrix.json"
     path.write_text(path.read_text()[:200])
     with pytest.raises(EvaluationError, match="not valid JSON"):
+        read_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["tasks", 0], 3.5),
+        (["stages", 1], None),
+        (["metric", 0], {}),
+        (["stderr", 1, 0], -1),
+        (["values", 1, 0], 10**400),
+        (["values", 1, 0], "50"),
+    ],
+)
+def test_a_matrix_with_something_else_in_a_cell_is_an_error(fake_run, path, value):
+    folder = fake_run()
+    content = json.loads((folder / "matrix.json").read_text())
+    *outer, last = path
+    place = content
+    for key in outer:
+        place = place[key]
+    place[last] = value
+    (folder / "matrix.json").write_text(json.dumps(content))
+    with pytest.raises(EvaluationError):
+        read_run(folder)
+
+
+@pytest.mark.parametrize("value", [None, True, "x", [1], {}, -1, 10**400])
+@pytest.mark.parametrize("field", ["stage", "task", "seconds", "feature_shift", "one_word_share", "mean_words"])
+def test_a_ledger_with_something_else_in_a_field_still_makes_a_report(fake_run, field, value):
+    folder = fake_run()
+    drift = {"event": "drift", "stage": 1, "feature_shift": 0.1, "one_word_share": 5.0, "mean_words": 2.0}
+    cell = {"event": "cell", "stage": 1, "task": "plates", "seconds": 1.0}
+    with (folder / "ledger.jsonl").open("a") as file:
+        file.writelines(json.dumps(entry | {field: value}) + "\n" for entry in (drift, cell))
+    write_report(folder)
+    assert (folder / "report.html").exists()
+
+
+def test_a_recipe_with_a_number_for_a_section_is_an_error(fake_run):
+    folder = fake_run()
+    (folder / "recipe.yaml").write_text("name: a\ntraining: 5\n")
+    with pytest.raises(RunError, match="holds no recipe"):
         read_run(folder)
 
 
