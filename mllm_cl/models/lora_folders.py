@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +72,15 @@ def read_updates(folder: Path) -> LoraFolder:
             module = key.removesuffix(_A)
             if module + _B not in state:
                 raise ModelError(f"{folder}: {module} has no lora_B.", fix="save the adapter again.")
-            updates[module] = LowRankDelta.from_lora(state[key], state[module + _B], _scaling(config, module))
+            try:
+                scaling = _scaling(config, module)
+            except (TypeError, ValueError, AttributeError, ArithmeticError, re.error) as error:
+                raise ModelError(
+                    f"{folder}: {CONFIG}: r, lora_alpha and their patterns give no scaling ({error}).",
+                    expected="positive numbers",
+                    fix="save the adapter again.",
+                ) from error
+            updates[module] = LowRankDelta.from_lora(state[key], state[module + _B], scaling)
             read |= {key, module + _B}
     left = sorted(state.keys() - read)
     if left or config.use_dora or not updates:
@@ -88,7 +98,10 @@ def _scaling(config: LoraConfig, module: str) -> float:
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     rank = ranks.get(get_pattern_key(list(ranks), name), config.r)
     alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
-    return alpha / rank**0.5 if config.use_rslora else alpha / rank
+    scaling = alpha / rank**0.5 if config.use_rslora else alpha / rank
+    if not (rank > 0 and math.isfinite(scaling)):
+        raise ValueError(f"{alpha} / {rank}")
+    return scaling
 
 
 def write_updates(folder: Path, like: LoraConfig, updates: Mapping[str, LowRankDelta]) -> int:

@@ -137,6 +137,20 @@ def test_mistakes_are_explained_and_write_nothing(arguments, message, make_folde
     assert not list(tmp_path.glob("out*"))
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("r", 0), ("r", "3"), ("r", -1), ("lora_alpha", None), ("lora_alpha", 1e400), ("rank_pattern", [1])],
+)
+def test_settings_that_give_no_scaling_are_explained(field, value, make_folder, call: Call, tmp_path):
+    folder, _ = make_folder("one", 1)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {field: value}))
+    done = call("consolidate", folder, "--out", tmp_path / "out")
+    assert done.code == 2, done.out + done.trace
+    assert "save" in done.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_existing_folder_is_kept(make_folder, call: Call, tmp_path):
     one, _ = make_folder("one", 1)
     (tmp_path / "out").mkdir()
