@@ -15,6 +15,12 @@ from mllm_cl.errors import RunError
 from mllm_cl.files import explained
 from mllm_cl.parse import parse_json
 
+NEEDED = {
+    "started": ("stream_fingerprint", "base_fingerprint", "tasks", "processes", "rank"),
+    "stage_trained": ("stage", "task", "adapter_sha256", "trained"),
+}
+"""What a run is continued from: the fields of these events must be there."""
+
 
 class Ledger:
     """The ledger of a run folder.
@@ -41,10 +47,11 @@ class Ledger:
     def _entry(self, number: int, line: bytes) -> dict[str, Any]:
         try:
             entry = parse_json(line)
-            if "event" in entry:
+            missing = [key for key in ("event", *NEEDED.get(entry.get("event"), ())) if key not in entry]
+            if not missing:
                 return entry
-            raise ValueError("no event")
-        except (ValueError, TypeError) as error:
+            raise ValueError(f"no {', '.join(missing)}")
+        except (ValueError, TypeError, AttributeError) as error:
             raise RunError(
                 f"{self.path}: line {number} is not JSON of a run ({error}).",
                 expected="one JSON object per line, as the run wrote it",

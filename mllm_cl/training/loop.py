@@ -204,8 +204,8 @@ class Run:
         self.state.wait_for_everyone()
         facts["stored_bytes"] = folder_bytes(folder / "adapter") + folder_bytes(folder / "method")
         check_stored(self.recipe.budget, facts["stored_bytes"], self._name(stage))
-        sha256 = folder_sha256(folder / "adapter")
-        self.ledger.append("stage_trained", stage=stage, task=task.name, adapter_sha256=sha256, **facts)
+        hashes = {f"{part}_sha256": folder_sha256(folder / part) for part in ("adapter", "method")}
+        self.ledger.append("stage_trained", stage=stage, task=task.name, **hashes, **facts)
         if self.state.is_main_process:
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
@@ -366,12 +366,14 @@ class Run:
         if self.learner.stage == stage:
             return
         folder, entry = self.folder.stage(self._name(stage)), self._trained(stage)
-        if entry is None or not folder.is_dir() or folder_sha256(folder / "adapter") != entry["adapter_sha256"]:
-            raise RunError(
-                f"{folder / 'adapter'}: is not what the ledger says this stage has learnt.",
-                expected="the adapter as it was saved",
-                fix="restore the folder, or start a new run in another output_dir.",
-            )
+        for part in ("adapter", "method"):
+            key = f"{part}_sha256"  # not of methods in runs that an older version started
+            if entry is None or (key in entry and folder_sha256(folder / part) != entry[key]):
+                raise RunError(
+                    f"{folder / part}: is not what the ledger says this stage has learnt.",
+                    expected="the folder as it was saved",
+                    fix="restore it, or start a new run in another output_dir.",
+                )
         self.learner.load_stage(folder / "adapter", folder / "method", stage)
 
     def _name(self, stage: int) -> str:

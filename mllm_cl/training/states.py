@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mllm_cl.errors import RunError
@@ -40,11 +41,19 @@ def load_states(root: Path, methods: Sequence[Method]) -> None:
         try:
             content = parse_json((folder / "state.json").read_text(encoding="utf-8"))
             tensors = load_file(folder / "state.safetensors")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise RunError(f"{folder}: the state of {method.name} cannot be read ({error}).") from error
+        if not isinstance(content, dict) or not isinstance(content.get("data"), dict) or "version" not in content:
+            raise RunError(f"{folder / 'state.json'}: is not what {method.name} has written.", fix="restore the file.")
         if content["version"] != method.version:
             raise RunError(
                 f"{folder}: was written by version {content['version']} of {method.name}, this is {method.version}.",
                 fix="finish the run with the package version it was started with.",
             )
-        method.load_state_dict(MethodState(tensors=tensors, data=content["data"]))
+        try:
+            method.load_state_dict(MethodState(tensors=tensors, data=content["data"]))
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise RunError(
+                f"{folder}: is not what {method.name} has written ({type(error).__name__}: {error}).",
+                fix="restore the folder.",
+            ) from error

@@ -16,12 +16,14 @@ from safetensors.torch import load_file
 from transformers import MllamaConfig
 
 from mllm_cl.errors import ModelError, RunError, StreamError
+from mllm_cl.methods.replay import Replay
 from mllm_cl.models.load import load_model
 from mllm_cl.models.tiny import build_fixture
 from mllm_cl.training import run_folder
 from mllm_cl.training.ledger import Ledger
 from mllm_cl.training.loop import run_stream
 from mllm_cl.training.seeds import derived_seed
+from mllm_cl.training.states import load_states, save_states
 
 SMALL = ("stream.limit.train=8", "stream.limit.test=2", "evaluation.stage_zero=false", "evaluation.max_new_tokens=2")
 
@@ -199,7 +201,7 @@ def test_two_at_once_are_refused(copy, monkeypatch):
 
 def test_a_broken_ledger_is_refused(copy):
     lines = (copy / "ledger.jsonl").read_text().splitlines()
-    for broken in (lines[2][:20], "[]", '{"stage": 1}'):
+    for broken in (lines[2][:20], "[]", '{"stage": 1}', '{"event": []}', '{"event": "stage_trained", "stage": 1}'):
         (copy / "ledger.jsonl").write_text("\n".join([*lines[:2], broken, *lines[3:]]) + "\n")
         with pytest.raises(RunError, match=r"ledger\.jsonl: line 3 is not JSON of a run"):
             run_stream(same_recipe(copy))
@@ -212,6 +214,39 @@ def test_a_changed_adapter_is_noticed(copy):
         file.write(b"\0\0\0\1")
     with pytest.raises(RunError, match="not what the ledger says this stage has learnt"):
         run_stream(same_recipe(copy))
+
+
+def test_a_changed_state_of_a_method_is_noticed(copy):
+    """It steers what is learnt next, and a wrong one would not be seen in any score."""
+    shutil.rmtree(copy / "evaluation/02-task-2")
+    state = next((copy / "stages/02-task-2/method").glob("*/state.safetensors"))
+    state.write_bytes(state.read_bytes() + b" ")
+    with pytest.raises(RunError, match="method: is not what the ledger says this stage has learnt"):
+        run_stream(same_recipe(copy))
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"version": 1}', '{"version": 1, "data": []}', "[" * 9999, "nonsense"]
+)
+def test_a_state_that_nobody_has_written_is_refused(content, tmp_path):
+    """In folders that no ledger vouches for, such as an adapter's that is evaluated by itself."""
+    method = Replay()
+    save_states(tmp_path, [method])
+    load_states(tmp_path, [method])
+    (tmp_path / "00-replay/state.json").write_text(content)
+    with pytest.raises(RunError, match="replay"):
+        load_states(tmp_path, [method])
+
+
+def test_a_state_of_other_contents_is_refused(tmp_path):
+    save_states(tmp_path, [Replay()])
+    path = tmp_path / "00-replay/state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"data": {}}))
+    with pytest.raises(RunError, match="not what replay has written"):
+        load_states(tmp_path, [Replay()])
+    (tmp_path / "00-replay/state.safetensors").write_bytes(b"\xff" * 64)
+    with pytest.raises(RunError, match="cannot be read"):
+        load_states(tmp_path, [Replay()])
 
 
 def test_deleted_cells_are_measured_with_their_own_stage(copy, done):
@@ -310,15 +345,15 @@ def test_derived_seeds_keep_apart():
 def test_a_line_that_was_cut_off_is_dropped(tmp_path):
     path = tmp_path / "ledger.jsonl"
     first = Ledger(path)
-    first.append("started", what="ä\u2028")
+    first.append("cell", what="ä\u2028")
     with path.open("ab") as file:
         file.write('{"event": "cell", "score": "ä'.encode()[:-1])
     reader = Ledger(path, writable=False)
-    assert [entry["event"] for entry in reader.entries] == ["started"]
+    assert [entry["event"] for entry in reader.entries] == ["cell"]
     assert not path.read_bytes().endswith(b"\n")  # only the main process repairs
     again = Ledger(path)
     again.append("cell", stage=1)
-    assert [entry["event"] for entry in Ledger(path).entries] == ["started", "cell"]
+    assert [entry["event"] for entry in Ledger(path).entries] == ["cell", "cell"]
     assert again.find("cell", stage=1) is not None
     assert again.find("cell", stage=2) is None
 
