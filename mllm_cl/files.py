@@ -133,11 +133,11 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def folder_sha256(folder: Path) -> str:
-    """Returns a hash of the names and contents of all files below a folder."""
+def folder_sha256(folder: Path, besides: str | None = None) -> str:
+    """Returns a hash of the names and contents of all files below a folder, but for those of the name `besides`."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
+        if path.is_file() and path.name != besides:
             digest.update(str(path.relative_to(folder)).encode() + b"\0")
             digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()

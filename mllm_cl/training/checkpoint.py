@@ -2,7 +2,8 @@
 
 `transformers.Trainer` writes optimizer, scheduler and random states with `torch.save`, file by file into the final folder: a kill
 in the middle leaves a folder that looks like a checkpoint. Here a checkpoint is written beside its place and renamed when it is
-complete, and every number in it is restored exactly. Sharded launchers (DeepSpeed, FSDP) keep their own format.
+complete, and every number in it is restored exactly, or nothing at all if a file has changed since. Sharded launchers (DeepSpeed,
+FSDP) keep their own format.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from transformers import Trainer
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from mllm_cl.errors import RunError
-from mllm_cl.files import PARTIAL, explained, publish, remove
+from mllm_cl.files import PARTIAL, explained, folder_sha256, publish, remove
 from mllm_cl.parse import parse_json
 
 Tree = Any
+SEAL = "sha256.txt"  # in a checkpoint: the hash of all other files
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -147,6 +149,8 @@ class CheckpointedTrainer(Trainer):
                 save_tree(folder, name, part.state_dict())
             self.state.save_to_json(str(folder / "trainer_state.json"))
         self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            (folder / SEAL).write_text(folder_sha256(folder, besides=SEAL), encoding="utf-8")
 
     def _training_parts(self) -> dict[str, Any]:
         parts = {"optimizer": self.optimizer, "scheduler": self.lr_scheduler, "scaler": self.accelerator.scaler}
@@ -155,8 +159,16 @@ class CheckpointedTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self._is_sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self.read_model(Path(resume_from_checkpoint))
+            return
+        folder = Path(resume_from_checkpoint)
+        seal = folder / SEAL
+        if not seal.is_file() or seal.read_bytes() != folder_sha256(folder, besides=SEAL).encode():
+            raise RunError(
+                f"{folder}: is not what was saved there.",
+                expected="a checkpoint of which no file has changed",
+                fix="remove this folder; training continues from the checkpoint before it, or from the beginning of the task.",
+            )
+        self.read_model(folder)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self._is_sharded:

@@ -14,11 +14,13 @@ from peft import LoraConfig
 from transformers import TrainerCallback, TrainingArguments
 
 from mllm_cl.errors import RunError
+from mllm_cl.files import folder_sha256
 from mllm_cl.methods.inquiry_regularization import InquiryRegularization
 from mllm_cl.methods.lwf import LwF
 from mllm_cl.methods.replay import Replay
 from mllm_cl.models import adapters
 from mllm_cl.training.checkpoint import (
+    SEAL,
     last_checkpoint,
     load_tree,
     pack,
@@ -183,7 +185,7 @@ def test_no_pickle_and_no_heap_of_checkpoints(trainer_for, tmp_path):
         for part in ("optimizer", "scheduler", "context", "parameters", "random-0")
         for kind in ("json", "safetensors")
     }
-    assert names == parts | {"adapter", "trainer_state.json"}
+    assert names == parts | {"adapter", "trainer_state.json", SEAL}
 
 
 def test_the_checkpoint_of_another_task_is_refused(trainer_for, tmp_path, stream):
@@ -198,8 +200,27 @@ def test_the_checkpoint_of_another_task_is_refused(trainer_for, tmp_path, stream
 def test_the_checkpoint_of_fewer_processes_is_refused(trainer_for, tmp_path):
     with pytest.raises(_Stop):
         trainer_for(tmp_path, stop=2).train()
-    (tmp_path / "checkpoint-2/random-0.json").unlink()
+    folder = tmp_path / "checkpoint-2"
+    (folder / "random-0.json").unlink()
+    (folder / SEAL).write_text(folder_sha256(folder, besides=SEAL))
     with pytest.raises(RunError, match="written by fewer processes"):
+        trainer_for(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_that_has_changed_is_refused(trainer_for, tmp_path):
+    """Whatever file it is: a wrong state of the optimizer would not be seen in any score."""
+    with pytest.raises(_Stop):
+        trainer_for(tmp_path, stop=2).train()
+    folder = tmp_path / "checkpoint-2"
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        for damaged in (content[:-1], content[:-1] + bytes([content[-1] ^ 1])):
+            path.write_bytes(damaged)
+            with pytest.raises(RunError, match="checkpoint-2: is not what was saved there"):
+                trainer_for(tmp_path).train(resume_from_checkpoint=True)
+        path.write_bytes(content)
+    (folder / SEAL).unlink()
+    with pytest.raises(RunError, match="is not what was saved there"):
         trainer_for(tmp_path).train(resume_from_checkpoint=True)
 
 
