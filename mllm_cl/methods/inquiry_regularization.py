@@ -60,7 +60,8 @@ class InquiryRegularization(Method):
         distance: `kl`, `reverse_kl` for logits; `l2`, `cosine` for hidden states.
         rollout: tokens that the reference writes greedily; 0 holds the inquiry alone.
         reference: what general inquiries are held to: the untouched `base` or the `previous` stage.
-        inquiry_memory: question texts kept of each task; they are held to the previous stage later. 0 keeps none.
+        inquiry_memory: question texts kept of each task; they are held to the previous stage later. 0 keeps none, and
+            needs no previous stage.
         memory_ratio: inquiries per task row with the questions of one earlier task. 0 asks those of all earlier tasks in
             half of the `ratio`.
         top_k: tokens of the reference's distribution that are kept per position.
@@ -106,6 +107,8 @@ class InquiryRegularization(Method):
         self.source, self.modality, self.images = settings["source"], settings["modality"], settings["images"]
         self.rollout, self.reference = settings["rollout"], settings["reference"]
         self.memory_size, self.memory_ratio = settings["inquiry_memory"], settings["memory_ratio"]
+        if self.reference == "base" and not self.memory_size:
+            self.needs = frozenset({"generate"})  # nothing is held to the previous stage
         self.probe = Probe(settings["target"], settings["positions"], settings["distance"], top_k, temperature)
         self.memory: dict[str, list[str]] = {}
 

@@ -128,7 +128,8 @@ def _check_needs(methods: Sequence[Method], policy: str) -> None:
             raise MethodError(
                 f"methods: {method.name} needs the previous stage as reference; with one adapter per task there is none.",
                 expected="a method with one or stacked adapters beside it",
-                fix=f"remove {method.name} or the method that keeps one adapter per task.",
+                fix=f"remove {method.name} or the method that keeps one adapter per task, or choose options of "
+                f"{method.name} that need no previous stage, where it has some (`mllm-cl methods {method.name}`).",
             )
     for role in sorted({role for method in methods for role in method.roles}):
         both = [method.name for method in methods if role in method.roles]

@@ -212,6 +212,10 @@ CASES: dict[str, tuple[Callable[[Lab], list[Any]], tuple[str, ...]]] = {
     "ewc with spectral_consolidation": (methods("ewc", "spectral_consolidation"), ("ewc", "stacked", "remove")),
     "joint with replay": (methods("joint", "replay"), ("joint is a baseline", "replay")),
     "task_adapters with lwf": (methods("task_adapters", "lwf"), ("lwf needs the previous stage",)),
+    "task_adapters with UIR": (
+        methods("task_adapters", "inquiry_regularization"),
+        ("inquiry_regularization needs the previous stage", "mllm-cl methods inquiry_regularization"),
+    ),
     "two routers": (methods("task_adapters", "third_party_router:Second"), ("task_adapters and second", "keep one")),
     "listed twice": (methods("replay", "replay"), ("replay is listed twice", "keep one")),
     "policy against the recipe": (

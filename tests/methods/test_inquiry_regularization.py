@@ -347,3 +347,11 @@ def test_presets_may_be_changed_one_by_one(method):
         method("uir_feat", distance="kl")
     with pytest.raises(MethodError, match=r"'answer' needs an answer"):
         method("uir_feat", positions="answer")
+
+
+def test_the_previous_stage_is_needed_only_where_something_is_held_to_it(method):
+    """So that general inquiries may stand beside one adapter per task, and no second adapter is kept for them."""
+    assert "previous" in method().needs
+    assert "previous" in method(reference="previous", inquiry_memory=0).needs
+    assert "previous" not in method(inquiry_memory=0).needs
+    assert "previous" not in method(preset="uir_self").needs
