@@ -133,12 +133,13 @@ INQUIRIES: dict[str, list[Any]] = {  # at LLaVA-c's best training, all rows
     "half for each task, one general, SAC 1.0": [SAC_1, {UIR: {"ratio": 1.0}}],
     "half for each task, one general, SAC 1.0, weight 1": [SAC_1, {UIR: {"ratio": 1.0, "weight": 1.0}}],
 }
-TOGETHER: dict[str, list[Any]] = {
-    OLD: [SAC, SHARED],
-    "LLaVA-c, shared inquiries + replay 1 %": [SAC, SHARED, METHODS["replay 1 %"][0]],
+ROUTED: list[Any] = [{"task_adapters": {"router": "prototype", "reject": 4.0}}]
+TOGETHER: dict[str, list[Any]] = {  # replay alone with its own training, all others with LLaVA-c's
+    LLAVA_C: METHODS[LLAVA_C],
+    f"{LLAVA_C} + replay 1 %": [*METHODS[LLAVA_C], *METHODS["replay 1 %"]],
     "replay 1 %": METHODS["replay 1 %"],
-    "task_adapters + UIR": [{"task_adapters": {"router": "prototype", "reject": 4.0}}, {UIR: {"inquiry_memory": 0}}],
-    "task_adapters": [{"task_adapters": {"router": "prototype", "reject": 4.0}}],
+    "task_adapters": ROUTED,
+    "task_adapters + UIR": [*ROUTED, {UIR: {"preset": "uir_self"}}],  # general inquiries: no task is ever touched again
 }
 
 
@@ -187,6 +188,7 @@ def chapters(seeds: Sequence[int]) -> dict[str, list[Job]]:
     strengths = jobs_of(STRENGTHS, seeds=seeds[:2], **choosing)
     inquiries = jobs_of(INQUIRIES, seeds=seeds[:1], split="validation", streams=tuple(TASKS), orders=both)
     against = {label: METHODS[label] for label in OWN}
+    together = jobs_of(TOGETHER, seeds=seeds, split="test", streams=one, orders=given)
     streams = jobs_of(against, seeds=seeds, split="test", streams=tuple(TASKS), orders=both)
     return {
         "presets": jobs_of(PRESETS, seeds=seeds[:1], **choosing),
@@ -197,7 +199,7 @@ def chapters(seeds: Sequence[int]) -> dict[str, list[Job]]:
         "common": jobs_of(METHODS, seeds=seeds, split="test", streams=one, orders=given),
         "streams": [retrained(job, OWN[job.label]) for job in streams],
         "pretraining": pretraining_jobs(seeds),
-        "together": jobs_of(TOGETHER, seeds=seeds, split="test", streams=one, orders=given),
+        "together": [retrained(job, OWN.get(job.label, own)) for job in together],
     }
 
 
