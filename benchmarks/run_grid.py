@@ -10,6 +10,7 @@ import re
 import runpy
 import statistics
 import sys
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,9 +102,18 @@ def _train(recipe: Path, log: Path) -> None:
     with log.open("wb") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     gc.freeze()  # what was imported is not looked through again
     sys.argv = [str(ROOT / "recipes" / "train.py"), str(recipe)]
     runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the benchmark that asked for it is gone, however it ended; the run continues next time."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def finished(job: Job, output: Path) -> Run | None:
