@@ -235,7 +235,9 @@ def goal(jobs: Sequence[Job], measured: Measured) -> list[str]:
     rows = []
     for stream, order in dict.fromkeys((job.stream, job.order_name) for job in jobs):
         own = [job for job in jobs if (job.stream, job.order_name) == (stream, order)]
-        found = {label.split(",")[0]: runs for label, runs in measured.by_label(own).items() if runs}
+        found = {
+            label.removeprefix("short ").split(",")[0]: runs for label, runs in measured.by_label(own).items() if runs
+        }
         ours, joint = found.get(LLAVA_C, []), found.get("joint", [])
         if ours and joint:
             final, general = (
