@@ -48,9 +48,11 @@ def read_lora_folder(folder: Path) -> tuple[LoraConfig, dict[str, Tensor]]:
         kind = settings.get("peft_type")
         config = LoraConfig.from_pretrained(str(folder)) if kind == "LORA" else None
     except FileNotFoundError as error:
+        below = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
         raise ModelError(
             f"{folder}: not an adapter folder ({Path(error.filename or '').name} is missing).",
             expected=f"{CONFIG} and {WEIGHTS}",
+            fix=f"give {' or '.join(map(str, below))}." if below else None,
         ) from error
     except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         raise ModelError(f"{folder}: the adapter cannot be read ({error}).", fix="save it again.") from error

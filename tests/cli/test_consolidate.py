@@ -111,6 +111,7 @@ def test_merges_and_options(make_folder, call: Call, tmp_path):
     ("arguments", "message"),
     [
         (["one", "missing"], "missing: not an adapter folder"),
+        (["one", "stage"], "stage/adapter."),
         (["one", "dora"], "weight-decomposed (DoRA)"),
         (["one", "narrow"], "is not on the same matrices"),
         (["one", "other-base"], "other-base: belongs to somebody/else"),
@@ -125,12 +126,13 @@ def test_merges_and_options(make_folder, call: Call, tmp_path):
 )
 def test_mistakes_are_explained_and_write_nothing(arguments, message, make_folder, call: Call, tmp_path):
     make_folder("one", 1)
+    make_folder("stage/adapter", 2)
     make_folder("dora", 1, use_dora=True)
     make_folder("narrow", 1, target_modules=["q_proj"])
     folder, _ = make_folder("other-base", 1)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "somebody/else"}))
-    named = {"one", "missing", "dora", "narrow", "other-base"}
+    named = {"one", "missing", "stage", "dora", "narrow", "other-base"}
     done = call("consolidate", *(tmp_path / a if a in named else a for a in arguments), "--out", tmp_path / "out")
     assert done.code == 2, done.out + done.trace
     assert message in done.err
