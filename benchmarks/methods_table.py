@@ -2,7 +2,7 @@
 
     python benchmarks/methods_table.py --output runs/methods                          # everything; interrupted, it continues
     python benchmarks/methods_table.py --output runs/methods --epochs 4 --rows 640    # another budget, another table
-    python benchmarks/methods_table.py --output runs/methods --streams quickstart --seeds 0 --orders given
+    python benchmarks/methods_table.py --output runs/methods --streams quickstart --seeds 0 --orders given    # these first
     python benchmarks/methods_table.py --output runs/methods --report-only            # only the page, from what was measured
     python benchmarks/methods_table.py --output runs/again --measured again.jsonl     # does not read what others have measured
     python benchmarks/methods_table.py --output runs/methods --reduced                # one short run each, in minutes, no page
@@ -10,7 +10,8 @@
 Streams in two orders, over seeds, every method with its defaults. The budget (epochs, train rows of a task) is the same
 for all runs of a table and part of a run's folder; a run whose recipe is not the one asked for is not read.
 Each run is one process with one thread. A run that fails is named at the end; the others go on. The numbers of each
-finished run become a line of docs/measured/runs.jsonl, so that the table grows over days and machines.
+finished run become a line of docs/measured/runs.jsonl, so that the table grows over days and machines: the page shows all
+that was measured with its budget, whichever part of it was asked for now.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ METHODS: dict[str, list[Any]] = {
     LLAVA_C: STUDIED[LLAVA_C],
     **{name: [name] for name in CATALOGUE},
 }
-ORDERS = ("given", "reversed")
+ORDERS, SEEDS = ("given", "reversed"), (0, 1, 2)
 COLUMNS = {  # name in the measured runs, decimals
     "final average": ("mean_final_accuracy", 1),
     "learning accuracy": ("mean_finetune_accuracy", 1),
@@ -170,7 +171,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--streams", nargs="+", choices=list(STREAMS), default=list(STREAMS))
     parser.add_argument("--orders", nargs="+", choices=ORDERS, default=list(ORDERS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--epochs", type=int, default=BUDGET["num_train_epochs"])
     parser.add_argument("--batch-size", type=int, default=BUDGET["per_device_train_batch_size"])
     parser.add_argument("--learning-rate", type=float, default=BUDGET["learning_rate"])
@@ -184,16 +185,22 @@ def main() -> None:
     given = parser.parse_args()
     if given.reduced:
         jobs = jobs_of(given.methods, ["quickstart"], ["given"], [0], {"num_train_epochs": 1}, rows=48, test_rows=24)
+        shown = jobs
     else:
         training = dict(zip(SHOWN, (given.epochs, given.batch_size, given.learning_rate)))
-        jobs = jobs_of(given.methods, given.streams, given.orders, given.seeds, training, given.rows, given.test_rows)
+        budget = (training, given.rows, given.test_rows)
+        jobs = jobs_of(given.methods, given.streams, given.orders, given.seeds, *budget)
+        seeds = sorted({*SEEDS, *given.seeds})
+        shown = jobs_of(list(METHODS), list(STREAMS), ORDERS, seeds, *budget)
     usual = given.output / MEASURED.name if given.reduced else MEASURED
     measured = Measured(given.measured or usual)
     failures: list[str] = []
     if not given.report_only:
         failures = measured.run_missing(jobs, given.output, given.jobs)
-    text = page(jobs, measured, reading_of(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else "")
-    panels = {stream: points_of(of_stream(jobs, stream, measured)) for stream in dict.fromkeys(j.stream for j in jobs)}
+    text = page(shown, measured, reading_of(PAGE.read_text(encoding="utf-8")) if PAGE.exists() else "")
+    panels = {
+        stream: points_of(of_stream(shown, stream, measured)) for stream in dict.fromkeys(j.stream for j in shown)
+    }
     print(text)
     if not given.reduced:
         if any(panels.values()):

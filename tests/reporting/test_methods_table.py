@@ -137,6 +137,18 @@ def test_the_page_keeps_what_a_person_wrote(made, measured):
     assert methods_table.page(jobs, measured, methods_table.reading_of(second)) == second
 
 
+def test_running_a_part_leaves_the_rest_on_the_page(tmp_path, made, measured, monkeypatch):
+    replay, *_ = methods_table.jobs_of(["replay"], ["study-letters"], ["reversed"], [2])
+    made(replay)
+    page = tmp_path / "page.md"
+    monkeypatch.setattr(methods_table, "PAGE", page)
+    monkeypatch.setattr(methods_table, "FIGURE", tmp_path / "plot.png")
+    asked = ["--methods", "finetune", "--streams", "quickstart", "--orders", "given", "--seeds", "0", "--report-only"]
+    monkeypatch.setattr(sys, "argv", ["methods_table.py", *asked, "--measured", str(measured.path)])
+    methods_table.main()
+    assert cells(page.read_text(encoding="utf-8").splitlines(), "replay")[-1] == "1 of 6"
+
+
 def test_a_method_that_measures_less_has_a_dash_and_no_place_in_the_plot(tmp_path, made, measured):
     jobs = methods_table.jobs_of(["single"], ["quickstart"], ["given"], [0])
     folder = made(jobs[0])
